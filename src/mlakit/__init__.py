@@ -1,0 +1,55 @@
+"""mlakit: Multi-head Latent Attention as exact kernels, a layer, and a benchmark one can believe.
+
+Names are imported when they are first used: `import mlakit` loads neither torch nor triton and touches no GPU.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it.
+_PUBLIC = {
+    "BatchRequest": "mlakit.bench.batch_spec",
+    "BenchmarkConfig": "mlakit.bench.config",
+    "BenchmarkResult": "mlakit.bench.results",
+    "MLADims": "mlakit.dims",
+    "ResultsFormatter": "mlakit.bench.formatter",
+    "StandardDims": "mlakit.dims",
+    "format_batch_spec": "mlakit.bench.batch_spec",
+    "get_batch_stats": "mlakit.bench.batch_spec",
+    "get_batch_type": "mlakit.bench.batch_spec",
+    "parse_batch_spec": "mlakit.bench.batch_spec",
+    "run_mla_benchmark": "mlakit.bench.runner",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]  # noqa: PLE0604 - every entry is a string
+
+if TYPE_CHECKING:
+    from mlakit.bench.batch_spec import (
+        BatchRequest as BatchRequest,
+    )
+    from mlakit.bench.batch_spec import (
+        format_batch_spec as format_batch_spec,
+    )
+    from mlakit.bench.batch_spec import (
+        get_batch_stats as get_batch_stats,
+    )
+    from mlakit.bench.batch_spec import (
+        get_batch_type as get_batch_type,
+    )
+    from mlakit.bench.batch_spec import (
+        parse_batch_spec as parse_batch_spec,
+    )
+    from mlakit.dims import MLADims as MLADims
+    from mlakit.dims import StandardDims as StandardDims
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mlakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
