@@ -1,0 +1,62 @@
+"""What a device can do at best, measured on that device in that run: the yardstick of every row."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mlakit.bench.timing import time_calls
+from mlakit.hardware import device_info
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates of a device: medians, on random data.
+
+    `copy_bytes_per_s` counts bytes read and written, `read_bytes_per_s` a reduction's bytes, `flops_per_s` a large matrix product's
+    operations in `dtype`.
+    """
+
+    device: str
+    dtype: str
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The better of the two memory rates: no job of either kind moves its bytes faster."""
+        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
+
+    def limit(self, flops: float, bytes_: float) -> tuple[float, str]:
+        """Least seconds for a job, and what binds it: "compute" or "memory"."""
+        compute, memory = flops / self.flops_per_s, bytes_ / self.bytes_per_s
+        return (compute, "compute") if compute > memory else (memory, "memory")
+
+
+def measure_ceilings(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Ceilings:
+    """Measure copy and read bandwidth, and the matrix product rate in `dtype`. About a second.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    device = torch.device(device)
+    info = device_info(device)
+    # Several times the cache, so that it is memory that is measured; the GPU's product is large enough to fill every unit.
+    count = (2**30 if info.is_cuda else max(2**28, 3 * info.cache_bytes)) // 4
+    size = 8192 if info.is_cuda else 1536
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    copy = time_calls([lambda: target.copy_(source)], device, l2="hot", budget=0.2)
+    read = time_calls([lambda: source.sum()], device, l2="hot", budget=0.2)
+    del target
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    product = time_calls([lambda: torch.mm(a, b, out=out)], device, l2="hot", budget=0.3)
+    return Ceilings(
+        device=info.name,
+        dtype=str(dtype).removeprefix("torch."),
+        copy_bytes_per_s=2 * 4 * count / copy.median,
+        read_bytes_per_s=4 * count / read.median,
+        flops_per_s=2 * size**3 / product.median,
+    )
