@@ -1,0 +1,66 @@
+"""`concat_k`: validate, choose an implementation, run it."""
+
+import os
+
+import torch
+
+from mlakit.concat import ops
+from mlakit.concat.reference import concat_k_cat, concat_k_direct_copy
+from mlakit.dispatch import check_device, check_dtype, check_shape, choose
+
+
+def concat_k(
+    k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor | None = None, impl: str | None = None
+) -> torch.Tensor:
+    """Build the keys of MHA mode: every head's own part, then the rotated part that all heads share.
+
+    Args:
+        k_nope: [B, H, Dn], of any strides (as a rule a slice of the up-projected latent, whose heads hold the value
+            behind the key) and of any dtype; float8_e4m3fn too.
+        k_pe: [B, 1, Dr], same dtype and device.
+        out: [B, H, Dn + Dr] to write into, of any strides; it must not share memory with the inputs. No gradient flows
+            through it.
+        impl: "triton" (one kernel that reads each rotated row once), "cat" (`torch.cat` with `expand`), "direct_copy"
+            (two slice assignments); None takes the first on a GPU and "cat" on a CPU.
+
+    Returns:
+        [B, H, Dn + Dr], contiguous unless `out` is given. Differentiable with respect to both inputs if `out` is None.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or `out` given while a gradient is asked for.
+        RuntimeError: the named `impl` cannot run here.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), equation 18.
+    """
+    check_shape("k_nope", k_nope, ("B", "H", "Dn"))
+    batch, heads, nope = k_nope.shape
+    check_shape("k_pe", k_pe, (batch, 1, "Dr"))
+    check_dtype("k_pe", k_pe, k_nope.dtype)
+    check_device("k_pe", k_pe, k_nope.device)
+    if out is not None:
+        check_shape("out", out, (batch, heads, nope + k_pe.shape[-1]))
+        check_dtype("out", out, k_nope.dtype)
+        check_device("out", out, k_nope.device)
+        if torch.is_grad_enabled() and (k_nope.requires_grad or k_pe.requires_grad or out.requires_grad):
+            raise ValueError("out= is not differentiable: expected tensors that require no gradient, got one that does")
+
+    triton = {"triton": _why_not_triton(k_nope)}
+    pytorch = {"cat": None, "direct_copy": None}
+    # A CPU has the kernel only under Triton's interpreter, which is for tests.
+    name = choose("concat_k", impl, {**triton, **pytorch} if k_nope.is_cuda else {**pytorch, **triton})
+    if name == "cat":
+        return concat_k_cat(k_nope, k_pe, out)
+    if name == "direct_copy":
+        return concat_k_direct_copy(k_nope, k_pe, out)
+    if out is None:
+        return ops.concat_k(k_nope, k_pe)
+    ops.concat_k_out(k_nope, k_pe, out)
+    return out
+
+
+def _why_not_triton(tensor: torch.Tensor) -> str | None:
+    if tensor.element_size() > 8:
+        return f"its elements are of 1, 2, 4 or 8 bytes, got {tensor.dtype}"
+    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1), got tensors on {tensor.device}"
