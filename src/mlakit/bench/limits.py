@@ -1,6 +1,7 @@
 """What a device can do at best, measured on that device in that run: the yardstick of every row."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,7 +28,7 @@ class Ceilings:
         """The better of the two memory rates: no job of either kind moves its bytes faster."""
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
-    def limit(self, flops: float, bytes_: float) -> tuple[float, str]:
+    def limit(self, flops: float, bytes_: float) -> tuple[float, Literal["compute", "memory"]]:
         """Least seconds for a job, and what binds it: "compute" or "memory"."""
         compute, memory = flops / self.flops_per_s, bytes_ / self.bytes_per_s
         return (compute, "compute") if compute > memory else (memory, "memory")

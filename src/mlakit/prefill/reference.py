@@ -36,16 +36,18 @@ def mla_prefill_reference(
     outs = []
     lses = []
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=True):
+    for q0, q1, k0, k1 in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True):
         keys = k[k0:k1].repeat_interleave(groups, dim=1)
         values = v[k0:k1].repeat_interleave(groups, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys).to(accumulate) * softmax_scale
         if causal:
             visible = (k1 - k0) - (q1 - q0) + torch.arange(q1 - q0, device=q.device)[:, None]
             scores = scores.masked_fill(torch.arange(k1 - k0, device=q.device) > visible, -torch.inf)
-        row_lse = torch.logsumexp(scores, dim=-1)
-        # exp(-inf - -inf) is NaN; a row without keys must be zero.
-        weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None])
+        # exp(-inf - -inf) is NaN; a row without keys must be zero, and its gradients too, which is why its scores are replaced before
+        # the softmax and not only after.
+        no_keys = (scores == -torch.inf).all(dim=-1)
+        row_lse = torch.logsumexp(scores.masked_fill(no_keys[..., None], 0.0), dim=-1).masked_fill(no_keys, -torch.inf)
+        weights = torch.exp(scores - row_lse.masked_fill(no_keys, 0.0)[..., None])
         outs.append(torch.einsum("hqk,khd->qhd", weights.to(q.dtype), values))
         lses.append(row_lse.T)
     if not outs:

@@ -35,7 +35,8 @@ def compare(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) 
     """Compare a result with the float64 (or float32) reference, using eager PyTorch's error as the yardstick.
 
     Allowed are twice eager's largest and twice its root-mean-square error, each plus one rounding of the result's dtype (so that an
-    eager result that happens to be exact leaves room for the last bit), and a cosine distance of 1e-5 over the whole tensor.
+    eager result that happens to be exact leaves room for the last bit), and a cosine distance of 1e-5 over the whole tensor, or twice
+    eager's own where eager misses that: it rounds the scores to the dtype, which large scores feel.
 
     Raises:
         ValueError: the three tensors differ in shape.
@@ -57,6 +58,7 @@ def compare(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) 
     max_error = float(error.max())
     rms_error = float(error.square().mean().sqrt())
     distance = _cosine_distance(actual.double(), ref)
+    distance_allowed = max(COSINE_DISTANCE, ERROR_RATIO * _cosine_distance(eager.double(), ref))
 
     not_finite = int((~torch.isfinite(actual) & torch.isfinite(reference)).sum())
     reason = ""
@@ -67,8 +69,8 @@ def compare(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) 
         reason = f"largest error {max_error:.3g} at {where}, allowed {max_allowed:.3g} (2x eager PyTorch's)"
     elif rms_error > rms_allowed:
         reason = f"root-mean-square error {rms_error:.3g}, allowed {rms_allowed:.3g} (2x eager PyTorch's)"
-    elif not distance <= COSINE_DISTANCE:
-        reason = f"cosine distance {distance:.3g}, allowed {COSINE_DISTANCE:.0e}"
+    elif not distance <= distance_allowed:
+        reason = f"cosine distance {distance:.3g}, allowed {distance_allowed:.3g}"
     return Comparison(max_error, rms_error, max_allowed, rms_allowed, distance, reason)
 
 

@@ -1,0 +1,106 @@
+"""Which backends there are: mlakit's own, those that installed packages declare, and `module:Class` paths."""
+
+import importlib
+import os
+import sys
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from mlakit.backends.base import Attention, Backend
+from mlakit.dims import nearest
+
+ENTRY_POINT_GROUP = "mlakit.backends"
+
+_OWN = {
+    "torch_naive": "mlakit.backends.torch_naive:TorchNaive",
+    "torch_absorb": "mlakit.backends.torch_absorb:TorchAbsorb",
+    "sdpa": "mlakit.backends.sdpa:SDPA",
+}
+
+# Libraries of the field that no adapter runs yet: naming one is not a mistake, so it costs a row with this reason and not the run.
+WITHOUT_ADAPTER: dict[str, frozenset[Attention]] = {
+    "flash": frozenset({"standard"}),
+    "triton": frozenset({"standard"}),
+    "flashinfer": frozenset({"standard"}),
+    "cutlass_mla": frozenset({"mla"}),
+    "flashinfer_mla": frozenset({"mla"}),
+    "flashattn_mla": frozenset({"mla"}),
+    "flashmla": frozenset({"mla"}),
+    "vllm_triton_mla": frozenset({"mla"}),
+}
+
+# How vLLM's enum and its benchmark configs spell them, beyond what lower case gives.
+_ALIASES = {
+    "flash_attn": "flash",
+    "triton_attn": "triton",
+    "flash_attn_mla": "flashattn_mla",
+    "triton_mla": "vllm_triton_mla",
+    "torch_sdpa": "sdpa",
+}
+
+
+def normalize(name: str) -> str:
+    """Our spelling of a backend's name: `FLASH_ATTN_MLA` is `flashattn_mla`. A `module:Class` path stays as it is."""
+    if ":" in name:
+        return name
+    lower = name.strip().lower()
+    return _ALIASES.get(lower, lower)
+
+
+@lru_cache
+def _declared() -> dict[str, str]:
+    """Backends of installed packages, by name. One of mlakit's own names cannot be taken over."""
+    return {e.name: e.value for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _OWN}
+
+
+def names() -> list[str]:
+    """Every backend that can be loaded, mlakit's own first."""
+    return [*_OWN, *sorted(_declared())]
+
+
+def is_known(name: str) -> bool:
+    """True for a name that `load` takes or that is in `WITHOUT_ADAPTER`."""
+    return ":" in name or name in _OWN or name in _declared() or name in WITHOUT_ADAPTER
+
+
+def check_name(name: str) -> str:
+    """The normalized name.
+
+    Raises:
+        ValueError: there is no such backend; the message gives the nearest name and lists all.
+    """
+    normalized = normalize(name)
+    if not is_known(normalized):
+        raise ValueError(f"unknown backend {name!r}; {nearest(normalized, [*names(), *WITHOUT_ADAPTER])}")
+    return normalized
+
+
+def load(name: str) -> Backend:
+    """An instance of a backend, by name or by `module:Class`.
+
+    Raises:
+        ValueError: unknown, without an adapter, not importable, or no Backend.
+    """
+    name = check_name(name)
+    path = name if ":" in name else _OWN.get(name) or _declared().get(name)
+    if path is None:
+        raise ValueError(f"mlakit has no adapter for {name} in this version")
+    module_name, _, class_name = path.partition(":")
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script does not look in the working directory by itself
+    try:
+        backend = getattr(importlib.import_module(module_name), class_name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"backend {name!r} cannot be loaded from {path}: {error}") from error
+    if not isinstance(backend, Backend):
+        raise ValueError(f"backend {name!r}: {path} is no mlakit.backends.Backend but {type(backend).__name__}")
+    return backend
+
+
+def attention_kinds(name: str) -> frozenset[Attention]:
+    """What a backend can compute: "mla", "standard" or both.
+
+    Raises:
+        ValueError: unknown, or not importable.
+    """
+    return WITHOUT_ADAPTER[name] if name in WITHOUT_ADAPTER else load(name).attention

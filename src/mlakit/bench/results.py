@@ -1,0 +1,216 @@
+"""What a run leaves behind: `BenchmarkResult` (a row) and `Record` (the file), versioned. No torch here."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlakit.bench.config import BenchmarkConfig
+
+SCHEMA = "mlakit.bench/1"
+
+Status = Literal[
+    "ok", "wrong", "unwritten", "unavailable", "unsupported", "out_of_memory", "timeout", "crashed", "error"
+]
+# Each status in a word or two for a table.
+STATUS_WORDS: dict[Status, str] = {
+    "ok": "ok",
+    "wrong": "wrong result",
+    "unwritten": "output not written",
+    "unavailable": "not available",
+    "unsupported": "not supported",
+    "out_of_memory": "out of memory",
+    "timeout": "timed out",
+    "crashed": "crashed",
+    "error": "failed",
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TimingRow(_Model):
+    """Times of one call on one layer, in seconds."""
+
+    median: float
+    mean: float
+    std: float
+    min: float
+    max: float
+    p20: float
+    p80: float
+    ci95: tuple[float, float]
+    samples: list[float]
+
+
+class CheckRow(_Model):
+    """How far the worst part's output was from float64, and what was allowed (2x eager PyTorch's own error)."""
+
+    max_error: float
+    max_error_allowed: float
+    rms_error: float
+    rms_error_allowed: float
+    cosine_distance: float
+    lse_error: float | None = None
+
+
+class LimitRow(_Model):
+    """The least time this batch can take on this device at its measured ceilings, and which of them binds."""
+
+    flops: int
+    bytes: int
+    seconds: float
+    bound: Literal["compute", "memory"]
+
+
+class GpuState(_Model):
+    """NVML's view of the GPU while the row was timed: median clocks in MHz, highest power in W and temperature in C."""
+
+    sm_clock: int | None = None
+    memory_clock: int | None = None
+    power: float | None = None
+    temperature: int | None = None
+    throttle_reasons: list[str] = []
+
+
+class BenchmarkResult(_Model):
+    """One row: a config and what came of it. Times are seconds a call on one layer; None where there is no time."""
+
+    config: BenchmarkConfig
+    status: Status = "ok"
+    error: str | None = None
+    backend_version: str | None = None
+    modes: dict[str, str] = Field(default_factory=dict)  # pipeline -> "mqa" or "mha"; empty for standard attention
+    timing: TimingRow | None = None
+    check: CheckRow | None = None  # None if the row was not checked
+    limit: LimitRow | None = None
+    memory_allocated_mb: float | None = None
+    memory_reserved_mb: float | None = None
+    memory_temporary_mb: float | None = None
+    gpu: GpuState | None = None
+    started: str | None = None
+    seconds: float | None = None
+    session: int = 0
+
+    @property
+    def success(self) -> bool:
+        """True if the row has a time that counts."""
+        return self.status == "ok"
+
+    @property
+    def mean_time(self) -> float | None:
+        """Seconds, mean."""
+        return self.timing.mean if self.timing else None
+
+    @property
+    def median_time(self) -> float | None:
+        """Seconds, median."""
+        return self.timing.median if self.timing else None
+
+    @property
+    def std_time(self) -> float | None:
+        """Seconds, standard deviation."""
+        return self.timing.std if self.timing else None
+
+    @property
+    def min_time(self) -> float | None:
+        """Seconds, fastest call."""
+        return self.timing.min if self.timing else None
+
+    @property
+    def max_time(self) -> float | None:
+        """Seconds, slowest call."""
+        return self.timing.max if self.timing else None
+
+    @property
+    def throughput_tokens_per_sec(self) -> float | None:
+        """New tokens of the batch over the median time of a layer."""
+        return sum(r.q_len for r in self.config.requests()) / self.timing.median if self.timing else None
+
+    @property
+    def fraction_of_limit(self) -> float | None:
+        """The least possible time over the median: 1 is as fast as the device goes."""
+        return self.limit.seconds / self.timing.median if self.timing and self.limit else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON values, the derived figures included."""
+        derived = (
+            "mean_time", "median_time", "std_time", "min_time", "max_time", "throughput_tokens_per_sec",
+            "fraction_of_limit", "success",
+        )  # fmt: skip
+        return {**self.model_dump(mode="json"), **{name: getattr(self, name) for name in derived}}
+
+
+class Session(_Model):
+    """One sitting: the machine and software that rows with this session's number were measured on, and its ceilings by dtype."""
+
+    started: str
+    command: list[str] = []
+    environment: dict[str, Any]
+    ceilings: dict[str, dict[str, Any]] = {}
+
+
+class Record(_Model):
+    """A run: what was asked, where it ran, and every row so far. `complete` tells whether all planned rows are there."""
+
+    record_schema: Literal["mlakit.bench/1"] = SCHEMA
+    name: str
+    description: str = ""
+    mode: Literal["compare", "decode_vs_prefill"] = "compare"
+    planned: int
+    complete: bool = False
+    sessions: list[Session]
+    rows: list[BenchmarkResult] = []
+
+    def save(self, path: Path) -> None:
+        """Write the file in one step: a reader, or a kill at any moment, finds the old or the new one, never half of either."""
+        content = self.model_dump(mode="json")
+        content["rows"] = [row.to_dict() for row in self.rows]
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Read a record.
+
+        Raises:
+            ValueError: no such file, no JSON, another schema, or a malformed row; the message names the file.
+        """
+        try:
+            content = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        schema = content.get("record_schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path} is no record of this mlakit: expected schema {SCHEMA}, got {schema}")
+        known = set(BenchmarkResult.model_fields)
+        try:
+            rows = [{k: v for k, v in row.items() if k in known} for row in content["rows"]]
+            return cls.model_validate({**content, "rows": rows})
+        except (ValidationError, KeyError, AttributeError, TypeError) as error:
+            detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": repr(error)}
+            where = ".".join(map(str, detail["loc"]))
+            raise ValueError(f"{path}: malformed record: {where}: {detail['msg']}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step, creating its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

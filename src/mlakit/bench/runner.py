@@ -1,0 +1,145 @@
+"""Runs a plan: a worker process a backend, results kept as they come, only what is missing on a resume. No torch here."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlakit.bench.config import BenchmarkConfig
+from mlakit.bench.process import Worker, WorkerDiedError, WorkerRefusedError, WorkerTimeoutError
+from mlakit.bench.results import BenchmarkResult, Record, Session
+
+# Starting Python, importing torch, opening a GPU and measuring its ceilings: slow on a busy machine, and no row's fault.
+_PROBE_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is really there, as a worker found it."""
+
+    name: str  # "cpu" or "cuda:0": what "auto" came to
+    environment: dict[str, Any]
+    ceilings: dict[str, dict[str, Any]]  # by dtype
+
+
+class Listener:
+    """What a run tells whoever shows its progress. The default shows nothing."""
+
+    def stage(self, name: str) -> None:
+        """The row at hand, or the probe, entered another stage."""
+
+    def started(self, config: BenchmarkConfig) -> None:
+        """A row begins."""
+
+    def finished(self, row: BenchmarkResult) -> None:
+        """A row is done and in the record."""
+
+
+def probe(device: str, dtypes: Iterable[str], listener: Listener | None = None) -> Device:
+    """Find the device and measure its ceilings for each dtype, in a process of its own.
+
+    Raises:
+        ValueError: there is no such device.
+        RuntimeError: the device is there and does not work.
+    """
+    listener = listener or Listener()
+    request = {"command": "probe", "device": device, "dtypes": sorted(set(dtypes))}
+    with Worker() as worker:
+        answer = worker.request(request, timeout=_PROBE_TIMEOUT, on_stage=listener.stage)
+    return Device(answer["device"], answer["environment"], answer["ceilings"])
+
+
+@dataclass
+class Run:
+    """A plan, where its record goes, and what is already in it.
+
+    `record` may hold rows from an earlier sitting; those are not run again. It is saved after every row, through `save`, so that whatever
+    ends the run leaves all that was measured.
+    """
+
+    plan: Sequence[BenchmarkConfig]
+    device: Device
+    record: Record
+    save: Callable[[Record], None] = lambda record: None
+    listener: Listener = field(default_factory=Listener)
+
+    def missing(self) -> list[BenchmarkConfig]:
+        """Planned rows that the record does not hold yet."""
+        have = {row.config.key for row in self.record.rows}
+        return [config for config in self.plan if config.key not in have]
+
+    def execute(self) -> Record:
+        """Measure what is missing. On KeyboardInterrupt the record is complete up to the last finished row."""
+        workers: dict[str, Worker] = {}
+        with tempfile.TemporaryDirectory(prefix="mlakit-") as scratch:
+            try:
+                for config in self.missing():
+                    self.listener.started(config)
+                    row = self._measure(config, workers, scratch)
+                    row.session = len(self.record.sessions) - 1
+                    self.record.rows.append(row)
+                    self._save()
+                    self.listener.finished(row)
+            finally:
+                for worker in workers.values():
+                    worker.close()
+        self._save()
+        return self.record
+
+    def _save(self) -> None:
+        self.record.complete = not self.missing()
+        self.save(self.record)
+
+    def _measure(self, config: BenchmarkConfig, workers: dict[str, Worker], scratch: str) -> BenchmarkResult:
+        worker = workers.get(config.backend)
+        if worker is None or not worker.alive:
+            worker = workers[config.backend] = Worker()
+        request = {
+            "command": "row",
+            "config": config.model_dump(mode="json"),
+            "ceilings": self.device.ceilings[config.dtype],
+            "scratch": scratch,
+        }
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            answer = worker.request(request, timeout=config.timeout, on_stage=self.listener.stage)
+        except WorkerTimeoutError as error:
+            return BenchmarkResult(config=config, status="timeout", error=str(error), started=started)
+        except WorkerDiedError as error:
+            return BenchmarkResult(config=config, status="crashed", error=str(error), started=started)
+        except WorkerRefusedError as error:
+            return BenchmarkResult(config=config, status="error", error=str(error), started=started)
+        return BenchmarkResult.model_validate(answer["row"])
+
+
+def new_session(device: Device, command: Sequence[str] | None = None) -> Session:
+    """A session that starts now, on this device."""
+    return Session(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=list(sys.argv if command is None else command),
+        environment=device.environment,
+        ceilings=device.ceilings,
+    )
+
+
+def run_mla_benchmark(backend: str, config: BenchmarkConfig, **overrides: Any) -> BenchmarkResult:
+    """Measure one backend on one batch, in a worker process, and return the row.
+
+    `backend` and `overrides` replace what `config` says; an override that is none of its fields is one of the backend's parameters
+    (`num_kv_splits=4`). A row that came to nothing has `success` False and `error` set; no exception is raised for it.
+
+    Raises:
+        ValueError: an override that cannot be meant, or no such device.
+    """
+    fields = {k: v for k, v in overrides.items() if k in BenchmarkConfig.model_fields}
+    parameters = {k: v for k, v in overrides.items() if k not in BenchmarkConfig.model_fields}
+    content = {**config.model_dump(), **fields, "backend": backend}
+    content["parameters"] = {**content["parameters"], **parameters}
+    dtype = BenchmarkConfig(**content).dtype
+    device = probe(content["device"], [dtype])
+    final = BenchmarkConfig(**{**content, "device": device.name})
+    record = Record(name="run_mla_benchmark", planned=1, sessions=[new_session(device)])
+    return Run([final], device, record).execute().rows[-1]
