@@ -1,0 +1,62 @@
+"""torch.library operators of the Triton kernels: `mlakit::act_quant`, `weight_dequant` and `fp8_gemm`."""
+
+import torch
+
+# Not `custom_op`: called from Python that costs 20 us a call, and this 3.5 us.
+torch.library.define("mlakit::act_quant", "(Tensor x, int block_size, str? scale_fmt) -> (Tensor, Tensor)")
+torch.library.define("mlakit::weight_dequant", "(Tensor w, Tensor scales, int block_size, ScalarType dtype) -> Tensor")
+torch.library.define(
+    "mlakit::fp8_gemm", "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.impl("mlakit::act_quant", ("cpu", "cuda"))
+def _act_quant(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    from mlakit.quant.triton_quant import launch_act_quant
+
+    codes, scales = _empty_codes(x, block_size, scale_fmt)
+    launch_act_quant(x, codes, scales, block_size=block_size, ue8m0=scale_fmt == "ue8m0")
+    return codes, scales
+
+
+@torch.library.register_fake("mlakit::act_quant")
+def _empty_codes(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty((*x.shape[:-1], x.shape[-1] // block_size), dtype=torch.float32)
+
+
+@torch.library.impl("mlakit::weight_dequant", ("cpu", "cuda"))
+def _weight_dequant(w: torch.Tensor, scales: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    from mlakit.quant.triton_quant import launch_weight_dequant
+
+    out = _empty_weight(w, scales, block_size, dtype)
+    launch_weight_dequant(w, scales, out, block_size=block_size)
+    return out
+
+
+@torch.library.register_fake("mlakit::weight_dequant")
+def _empty_weight(w: torch.Tensor, scales: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return w.new_empty(w.shape, dtype=dtype)
+
+
+@torch.library.impl("mlakit::fp8_gemm", ("cpu", "cuda"))
+def _fp8_gemm(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    from mlakit.quant.triton_gemm import launch_fp8_gemm
+
+    out = _empty_product(a, a_scales, b, b_scales, dtype)
+    launch_fp8_gemm(a, a_scales, b, b_scales, out)
+    return out
+
+
+@torch.library.register_fake("mlakit::fp8_gemm")
+def _empty_product(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+
+
+act_quant = torch.ops.mlakit.act_quant.default
+weight_dequant = torch.ops.mlakit.weight_dequant.default
+fp8_gemm = torch.ops.mlakit.fp8_gemm.default

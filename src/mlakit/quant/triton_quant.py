@@ -1,0 +1,156 @@
+# mypy: disallow-incomplete-defs=False
+# (kernel arguments are pointers and numbers of the GPU, which have no Python type)
+"""Quantizing activations and dequantizing weights: kernels that should run at the speed of a copy."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mlakit.triton_e4m3 import block_scale, divide, e4m3_to_fp32, fp32_to_e4m3, has_e4m3
+
+
+@dataclass(frozen=True)
+class ActQuantConfig:
+    """Elements a program quantizes, and its warps."""
+
+    elements: int = 4096
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class WeightDequantConfig:
+    """The tile of a program, and its warps.
+
+    `block_rows` divides the scales' block, `block_columns` is a multiple of it.
+    """
+
+    block_rows: int = 32
+    block_columns: int = 128
+    num_warps: int = 4
+
+
+@triton.jit
+def _act_quant_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    groups,
+    groups_per_row,
+    stride_row,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    offs = tl.arange(0, BLOCK_SIZE)
+    live = group < groups
+    if CONTIGUOUS:
+        start = group * BLOCK_SIZE
+    else:
+        start = (group // groups_per_row) * stride_row + (group % groups_per_row) * BLOCK_SIZE
+    x = tl.load(x_ptr + start[:, None] + offs[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    # Triton's maximum passes over NaN, and so does the definition.
+    scale = block_scale(tl.max(tl.abs(x), axis=1), UE8M0)
+    inverse = tl.div_rn(1.0, scale)
+    codes = fp32_to_e4m3(divide(x, scale[:, None], inverse[:, None]), NATIVE)
+    tl.store(codes_ptr + group[:, None] * BLOCK_SIZE + offs[None, :], codes, mask=live[:, None])
+    tl.store(scales_ptr + group, scale, mask=live)
+
+
+@triton.jit
+def _weight_dequant_kernel(
+    w_ptr,
+    scales_ptr,
+    out_ptr,
+    rows,
+    columns,
+    column_blocks,
+    stride_w,
+    stride_s,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    first = (pid // column_blocks) * BLOCK_ROWS
+    offs_m = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    offs_n = (pid % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live = (offs_m[:, None] < rows) & (offs_n[None, :] < columns)
+    codes = tl.load(w_ptr + offs_m[:, None] * stride_w + offs_n[None, :], mask=live, other=0)
+    scales_ptr += (first // BLOCK_SIZE).to(tl.int64) * stride_s
+    if BLOCK_COLUMNS == BLOCK_SIZE:
+        out = e4m3_to_fp32(codes, NATIVE) * tl.load(scales_ptr + pid % column_blocks)
+    else:
+        scale = tl.load(scales_ptr + offs_n // BLOCK_SIZE, mask=offs_n < columns, other=0.0)
+        out = e4m3_to_fp32(codes, NATIVE) * scale[None, :]
+    tl.store(out_ptr + offs_m[:, None] * columns + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def launch_act_quant(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    block_size: int,
+    ue8m0: bool,
+    config: ActQuantConfig | None = None,
+) -> None:
+    """Quantize `x` into `codes` and `scales`, both contiguous."""
+    groups = scales.numel()
+    if groups == 0:
+        return
+    config = config or ActQuantConfig()
+    rows = x.reshape(-1, x.shape[-1])  # a copy only if the rows are not evenly spaced
+    block_groups = max(config.elements // block_size, 1)
+    _act_quant_kernel[(triton.cdiv(groups, block_groups),)](
+        rows,
+        codes.view(torch.uint8),
+        scales,
+        groups,
+        rows.shape[1] // block_size,
+        rows.stride(0),
+        BLOCK_SIZE=block_size,
+        BLOCK_GROUPS=block_groups,
+        CONTIGUOUS=rows.is_contiguous(),
+        UE8M0=ue8m0,
+        NATIVE=has_e4m3(x.device),
+        num_warps=config.num_warps,
+    )
+
+
+def launch_weight_dequant(
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    block_size: int,
+    config: WeightDequantConfig | None = None,
+) -> None:
+    """Dequantize `w` into `out`, contiguous."""
+    rows, columns = w.shape
+    if out.numel() == 0:
+        return
+    config = config or WeightDequantConfig()
+    block_rows = min(config.block_rows, block_size)
+    block_columns = max(config.block_columns, block_size)
+    column_blocks = triton.cdiv(columns, block_columns)
+    _weight_dequant_kernel[(triton.cdiv(rows, block_rows) * column_blocks,)](
+        w.view(torch.uint8),
+        scales,
+        out,
+        rows,
+        columns,
+        column_blocks,
+        w.stride(0),
+        scales.stride(0),
+        BLOCK_SIZE=block_size,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        NATIVE=has_e4m3(w.device),
+        num_warps=config.num_warps,
+    )
