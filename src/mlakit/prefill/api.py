@@ -1,0 +1,153 @@
+"""`mla_prefill`: checks its inputs, picks an implementation, and says why one cannot run."""
+
+import math
+import os
+
+import torch
+
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
+from mlakit.hardware import capability
+from mlakit.prefill.config import MAX_BACKWARD_DIM, MAX_QK_DIM, MAX_V_DIM
+from mlakit.prefill.reference import mla_prefill_reference
+
+_MAX_ROW_STRIDE = 2**24  # the kernels number the elements within a tile of up to 128 rows with 32 bits
+_MAX_ROWS = 2**30  # and rows too, with room to round up
+
+
+def mla_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    max_seqlen_q: int | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend within each of several sequences laid end to end; differentiable in q, k and v.
+
+    Args:
+        q: [tokens, num_heads, qk_head_dim], bfloat16 or float16 (any floating dtype for `impl="reference"`).
+        k: [keys, num_kv_heads, qk_head_dim]; `num_heads` is a multiple of `num_kv_heads`, consecutive query heads share one.
+        v: [keys, num_kv_heads, v_head_dim]. q, k and v may have any strides but the last, which is 1; v may be a view of a
+            tensor that holds more, such as k and v side by side.
+        cu_seqlens_q: [batch + 1] int32, on q's device, from 0 up: sequence i holds rows cu_seqlens_q[i] to cu_seqlens_q[i + 1].
+            Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: the Triton kernels read none of them
+            and give them zeros and -inf (the reference leaves them out).
+        cu_seqlens_k: [batch + 1] int32, the same for k and v. Rows past cu_seqlens_k[-1] are not read; their gradients are zero.
+        softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_head_dim); positive.
+        causal: query i of q_len sees the first `k_len - q_len + i + 1` keys (bottom-right alignment).
+        max_seqlen_q: a hint, the longest sequence of queries; only the choice of tiles depends on it, never the result.
+        out: [tokens, num_heads, v_head_dim] in q's dtype, wholly overwritten if given. Not differentiable then.
+        impl: "triton" or "reference"; None picks the fastest that can run.
+
+    Returns:
+        out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if q is). A
+        row that sees no key gives zeros and -inf. Gradients flow through both. Nothing here waits for the GPU.
+
+    Chunked prefill: call this on each chunk of the context (causal=False for the chunks before the new tokens) and give the
+    results to `mlakit.merge.merge_states`.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride is not as above, or `impl` is unknown.
+        RuntimeError: the implementation asked for cannot run these inputs, with the reason.
+
+    Source: FlashAttention-2 (arXiv:2307.08691); MHA mode as in DeepSeek-V2 (arXiv:2405.04434), section 2.1.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, max_seqlen_q, out)
+    reason = _why_not_triton(q, k, v, out)
+    candidates = {"triton": reason, "reference": None}
+    if not q.is_cuda:  # interpreted kernels are for tests, not for users
+        candidates = {"reference": None, "triton": reason}
+    chosen = choose("mla_prefill", impl, candidates)
+
+    if chosen == "reference":
+        result, lse = mla_prefill_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal
+        )
+        if out is None:
+            return result, lse
+        check_shape("out", out, tuple(result.shape))
+        return out.copy_(result), lse
+
+    from mlakit.prefill import ops
+
+    hint = -1 if max_seqlen_q is None else max_seqlen_q
+    if out is not None:
+        return out, ops.mla_prefill_out(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint)
+    return ops.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    max_seqlen_q: int | None,
+    out: torch.Tensor | None,
+) -> None:
+    check_shape("q", q, ("tokens", "num_heads", "qk_head_dim"))
+    tokens, num_heads, qk_dim = q.shape
+    check_shape("k", k, ("keys", "num_kv_heads", qk_dim))
+    keys, num_kv_heads, _ = k.shape
+    check_shape("v", v, (keys, num_kv_heads, "v_head_dim"))
+    check_shape("cu_seqlens_q", cu_seqlens_q, ("batch + 1",))
+    check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],))
+    if cu_seqlens_q.shape[0] < 1:
+        raise ValueError("cu_seqlens_q must have batch + 1 entries, at least 1, got 0")
+    if min(num_heads, num_kv_heads, qk_dim, v.shape[-1]) < 1:
+        raise ValueError(f"heads and head dims must be at least 1, got q {list(q.shape)}, v {list(v.shape)}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a multiple of k's num_kv_heads {num_kv_heads}, got {num_heads}")
+    check_dtype("q", q, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    check_dtype("k", k, q.dtype)
+    check_dtype("v", v, q.dtype)
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_dtype(name, cu, torch.int32)
+        check_device(name, cu, q.device)
+        check_last_dim_contiguous(name, cu)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_device(name, x, q.device)
+        check_last_dim_contiguous(name, x)
+    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
+    if max_seqlen_q is not None and max_seqlen_q < 0:
+        raise ValueError(f"max_seqlen_q must be at least 0, got {max_seqlen_q}")
+    if out is not None:
+        check_shape("out", out, (tokens, num_heads, v.shape[-1]))
+        check_dtype("out", out, q.dtype)
+        check_device("out", out, q.device)
+        check_last_dim_contiguous("out", out)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or out.requires_grad):
+            raise ValueError("out cannot be given when a gradient is required; expected out=None")
+
+
+def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> str | None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, got {q.dtype}"
+    if q.is_cuda:
+        found = capability(q.device)
+        if found is None or found < (8, 0):
+            return f"it needs compute capability 8.0 or more, got {found}"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1), got {q.device}"
+    elif q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
+    qk_dim, v_dim = q.shape[-1], v.shape[-1]
+    if qk_dim > MAX_QK_DIM or v_dim > MAX_V_DIM:
+        return f"head dims may be up to {MAX_QK_DIM} and {MAX_V_DIM}, got {qk_dim} and {v_dim}"
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if grad and max(qk_dim, v_dim) > MAX_BACKWARD_DIM:
+        return f"gradients need head dims up to {MAX_BACKWARD_DIM}, got {qk_dim} and {v_dim}"
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if x is not None and (x.stride(0) > _MAX_ROW_STRIDE or x.shape[0] > _MAX_ROWS):
+            return (
+                f"{name} may have up to {_MAX_ROWS} rows at a stride of up to {_MAX_ROW_STRIDE}, "
+                f"got {x.shape[0]} at {x.stride(0)}"
+            )
+    return None

@@ -1,0 +1,157 @@
+"""`mlakit::mla_prefill` and its relatives as torch.library operators; Triton is imported when one first runs."""
+
+import torch
+
+
+@torch.library.custom_op("mlakit::mla_prefill", mutates_args=())
+def mla_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) as `mlakit.prefill.mla_prefill` defines them; a negative `max_seqlen_q` means that it is not known."""
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+
+
+@mla_prefill.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("mlakit::mla_prefill_out", mutates_args=("out",))
+def mla_prefill_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int,
+) -> torch.Tensor:
+    """Like `mlakit::mla_prefill`, with `out` filled in place and lse returned; no gradients."""
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+
+
+@mla_prefill_out.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("mlakit::mla_prefill_backward", mutates_args=())
+def mla_prefill_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), contiguous. `dlse` is [tokens, num_heads] float32, or None if nothing depends on lse."""
+    from mlakit.prefill.config import backward_configs
+    from mlakit.prefill.triton_backward import _launch_backward
+
+    dq = q.new_empty(q.shape)
+    dk = k.new_empty(k.shape)
+    dv = v.new_empty(v.shape)
+    config_kv, config_q = backward_configs(q.shape[2], v.shape[2], _capability(q))
+    _launch_backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout if dout.stride(-1) == 1 else dout.contiguous(),  # a broadcast gradient has stride 0
+        None if dlse is None else dlse.contiguous(),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        dq,
+        dk,
+        dv,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        config_kv=config_kv,
+        config_q=config_q,
+    )
+    return dq, dk, dv
+
+
+@mla_prefill_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _ = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    ctx.softmax_scale = softmax_scale
+    ctx.causal = causal
+    ctx.set_materialize_grads(False)  # a gradient of zeros for lse would cost a pass over it
+
+
+def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 8
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = mla_prefill_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, ctx.causal
+    )
+    return dq, dk, dv, None, None, None, None, None
+
+
+mla_prefill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int,
+) -> torch.Tensor:
+    from mlakit.prefill.config import forward_config
+    from mlakit.prefill.triton_forward import _launch_forward
+
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    # Without a hint the mean length is the best guess at hand.
+    rows = max_seqlen_q if max_seqlen_q >= 0 else q.shape[0] // max(cu_seqlens_q.numel() - 1, 1)
+    config = forward_config(q.shape[2], v.shape[2], _capability(q), rows)
+    _launch_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        out,
+        lse,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        config=config,
+    )
+    return lse
+
+
+def _capability(x: torch.Tensor) -> tuple[int, int]:
+    from mlakit.hardware import capability
+
+    return capability(x.device) or (8, 0)  # the interpreter runs what an A100 would
