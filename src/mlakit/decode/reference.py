@@ -13,7 +13,8 @@ def mla_decode_reference(
     causal: bool = True,
     kv_lora_rank: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from `q` to the paged latent cache; each head shares the one key, whose first `kv_lora_rank` entries are the value.
+    """Attend from `q` to the paged latent cache; each head shares the one key, whose first `kv_lora_rank` entries are
+    the value.
 
     Args:
         q: [batch, q_len, num_heads, latent_dim].
@@ -25,11 +26,11 @@ def mla_decode_reference(
         kv_lora_rank: width of the value.
 
     Returns:
-        out [batch, q_len, num_heads, kv_lora_rank] in q's dtype, and lse [batch, q_len, num_heads], natural log, float32 (float64 if q
-        is). A row that sees no key gives zeros and -inf.
+        out [batch, q_len, num_heads, kv_lora_rank] in q's dtype, and lse [batch, q_len, num_heads], natural log,
+        float32 (float64 if q is). A row that sees no key gives zeros and -inf.
 
-    Scores and products are computed in q's dtype and the softmax in float32, as eager PyTorch would; with float64 inputs this is the
-    oracle. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2, with the up-projections absorbed.
+    Scores and products are computed in q's dtype and the softmax in float32, as eager PyTorch would; with float64
+    inputs this is the oracle. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2, with the up-projections absorbed.
     """
     batch, q_len, heads, _ = q.shape
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,131 @@
+"""`mla_decode`: the public function. It validates, chooses an implementation and explains a refusal."""
+
+import torch
+
+from mlakit.decode.ops import check_capacity
+from mlakit.decode.reference import mla_decode_reference
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    kv_lora_rank: int = 512,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from a few new tokens a request to its paged latent cache (MLA in MQA mode, up-projections absorbed).
+
+    Every head shares one key a token, whose first `kv_lora_rank` entries are the value.
+
+    Args:
+        q: [batch, q_len, num_heads, latent_dim], bfloat16 or float16 (the reference also takes float32 and float64);
+            any number of heads.
+        cache: [pages, page_size, latent_dim] in q's dtype. What `seq_lens` does not promise is not read and may hold
+            anything.
+        block_table: [batch, max_pages] int32, the page of a request's tokens i * page_size and on; slots past its last
+            page are not used.
+        seq_lens: [batch] int32, the keys of each request with the new tokens' own included; 0 gives zeros and an lse
+            of -inf. Lengths on a GPU are not read by the host, and may change between replays of a CUDA graph. One
+            that exceeds the table's capacity is refused on a CPU, and gives that request NaN on a GPU.
+        softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is
+            silently wrong.
+        causal: query token i of q_len sees the first `seq_len - q_len + i + 1` keys (bottom-right alignment). False:
+            all of them.
+        kv_lora_rank: width of the value; the rest of `latent_dim` is the rope part.
+        num_splits: cut each request's keys into this many pieces. A given number makes a request's result independent
+            of the rest of the batch. None balances the pieces over the GPU, from shapes alone.
+        out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype, last dimension
+            contiguous.
+        impl: "triton" or "reference"; None takes the fastest that can run.
+
+    Returns:
+        out [batch, q_len, num_heads, kv_lora_rank] in q's dtype and lse [batch, q_len, num_heads], natural log,
+        float32 (float64 if q is).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, stride, option or name of an implementation, or a table that is too
+            short (CPU).
+        RuntimeError: the named implementation cannot run these inputs; the message says why.
+
+    The reference alone has gradients. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
+    """
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, out)
+    if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
+        return _differentiable(q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, out, impl)
+    options = (float(softmax_scale), causal, kv_lora_rank, num_splits, impl)
+    if out is None:
+        result, lse = torch.ops.mlakit.mla_decode(q, cache, block_table, seq_lens, *options)
+        return result, lse
+    return out, torch.ops.mlakit.mla_decode_out(q, cache, block_table, seq_lens, out, *options)
+
+
+def _differentiable(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    kv_lora_rank: int,
+    out: torch.Tensor | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if out is not None:
+        raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
+    reason = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
+    choose("mla_decode", impl, {"reference": None, "triton": reason})
+    if q.device.type == "cpu":
+        check_capacity(cache, block_table, seq_lens)
+    return mla_decode_reference(
+        q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
+    )
+
+
+def _validate(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    out: torch.Tensor | None,
+) -> None:
+    check_shape("q", q, ("batch", "q_len", "num_heads", "latent_dim"))
+    batch, q_len, heads, latent_dim = q.shape
+    if q_len < 1 or heads < 1:
+        raise ValueError(f"q must have at least one token and one head, got shape {list(q.shape)}")
+    if not 1 <= kv_lora_rank < latent_dim:
+        raise ValueError(
+            f"kv_lora_rank must be at least 1 and below q's last dimension {latent_dim}, got {kv_lora_rank}"
+        )
+    check_dtype("q", q, *_DTYPES)
+    check_shape("cache", cache, ("pages", "page_size", latent_dim))
+    if cache.shape[1] < 1:
+        raise ValueError(f"cache must have a page size of at least 1, got shape {list(cache.shape)}")
+    check_dtype("cache", cache, q.dtype)
+    check_shape("block_table", block_table, (batch, "max_pages"))
+    check_dtype("block_table", block_table, torch.int32)
+    check_shape("seq_lens", seq_lens, (batch,))
+    check_dtype("seq_lens", seq_lens, torch.int32)
+    if batch > 1 and seq_lens.stride(0) != 1:
+        raise ValueError(f"seq_lens must be contiguous, got stride {seq_lens.stride(0)}")
+    for name, tensor in {"q": q, "cache": cache, "block_table": block_table}.items():
+        check_last_dim_contiguous(name, tensor)
+    for name, tensor in {"cache": cache, "block_table": block_table, "seq_lens": seq_lens}.items():
+        check_device(name, tensor, q.device)
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits must be None or at least 1, got {num_splits}")
+    if out is not None:
+        check_shape("out", out, (batch, q_len, heads, kv_lora_rank))
+        check_dtype("out", out, q.dtype)
+        check_device("out", out, q.device)
+        check_last_dim_contiguous("out", out)

@@ -1,0 +1,174 @@
+"""The torch.library schema of `mla_decode`: what torch.compile and CUDA graphs see. No gradient: decoding is inference.
+
+The implementation is chosen inside the operator, where torch.compile does not look: what the device can do is no
+business of a graph's.
+"""
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+from mlakit.decode.reference import mla_decode_reference
+from mlakit.dispatch import choose
+from mlakit.hardware import capability
+
+_INPUTS = "Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens"
+_OPTIONS = "float softmax_scale, bool causal, int kv_lora_rank, int? num_splits, str? impl"
+
+# Registered by key and not by torch.library.custom_op: the wrappers of the latter cost more host time than a small
+# decode takes.
+torch.library.define(
+    "mlakit::mla_decode", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define(
+    "mlakit::mla_decode_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty((*q.shape[:3], kv_lora_rank))
+    return out, _decode_out(q, cache, block_table, seq_lens, out, softmax_scale, causal, kv_lora_rank, num_splits, impl)
+
+
+def _decode_out(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    impl: str | None,
+) -> torch.Tensor:
+    if q.device.type == "cpu":
+        check_capacity(cache, block_table, seq_lens)
+    if choose("mla_decode", impl, _candidates(q, cache, kv_lora_rank)) == "reference":
+        result, lse = mla_decode_reference(
+            q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
+        )
+        out.copy_(result)
+        return lse
+    from mlakit.decode.triton_launch import _launch_decode
+
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch_decode(
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        kv_lora_rank=kv_lora_rank,
+        num_splits=num_splits,
+    )
+    return lse
+
+
+def _candidates(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> dict[str, str | None]:
+    triton = _environment_reason(str(q.device), os.environ.get("TRITON_INTERPRET", "0") == "1")
+    triton = triton or _input_reason(q, cache, kv_lora_rank)
+    if q.device.type == "cpu":  # there Triton can only be interpreted, which is for tests
+        return {"reference": None, "triton": triton}
+    return {"triton": triton, "reference": None}
+
+
+@lru_cache
+def _environment_reason(device: str, interpret: bool) -> str | None:
+    """Why Triton cannot run on a device at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu":
+        return None if interpret else "the tensors are on the CPU (TRITON_INTERPRET=1 would interpret the kernel)"
+    if (found := capability(device)) is None or found < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, found {found}"
+    return None
+
+
+def _input_reason(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> str | None:
+    """Why the Triton kernels cannot run these inputs, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
+    page_size, rope_dim = cache.shape[1], q.shape[-1] - kv_lora_rank
+    if page_size & (page_size - 1):
+        return f"needs a page size that is a power of two, got {page_size}"
+    for name, size in {"kv_lora_rank": kv_lora_rank, "the rope part": rope_dim}.items():
+        if size < 16 or size & (size - 1):
+            return f"needs {name} to be a power of two and at least 16, got {size}"
+    return None
+
+
+def check_capacity(cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Require that the table has a slot for every key. Reads the lengths, so on a GPU it would wait for it: call it on
+    the CPU.
+
+    Raises:
+        ValueError: naming the longest request and the capacity, or a negative length.
+    """
+    if seq_lens.numel() == 0:
+        return
+    capacity = block_table.shape[1] * cache.shape[1]
+    shortest, longest = int(seq_lens.min()), int(seq_lens.max())
+    if shortest < 0:
+        raise ValueError(f"seq_lens must not be negative, got {shortest}")
+    if longest > capacity:
+        raise ValueError(
+            f"block_table is too short: its {block_table.shape[1]} pages of {cache.shape[1]} tokens hold {capacity} "
+            f"keys, seq_lens has {longest}"
+        )
+
+
+@torch.library.register_fake("mlakit::mla_decode")
+def _decode_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty((*q.shape[:3], kv_lora_rank)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("mlakit::mla_decode_out")
+def _decode_out_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    impl: str | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+torch.library.impl("mlakit::mla_decode", ("cpu", "cuda"), _decode)
+torch.library.impl("mlakit::mla_decode_out", ("cpu", "cuda"), _decode_out)

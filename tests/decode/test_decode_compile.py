@@ -1,0 +1,67 @@
+"""The decode kernels compiled for GPUs that are not here, by the real launcher: they build, fit, and spill nothing."""
+
+import pytest
+import torch
+
+from mlakit.decode.triton_launch import _launch_decode, shared_limit
+from mlakit.testing.offline import TARGETS, CompiledKernel, offline
+
+pytestmark = pytest.mark.compiled
+
+
+def compile_for(
+    target: int, batch: int, q_len: int, heads: int, dtype: torch.dtype, page_size: int, rank: int = 512, rope: int = 64
+) -> list[CompiledKernel]:
+    q = torch.empty((batch, q_len, heads, rank + rope), dtype=dtype)
+    cache = torch.empty((2, page_size, rank + rope), dtype=dtype)
+    with offline(target) as kernels:
+        _launch_decode(
+            q,
+            cache,
+            torch.empty((batch, 8192 // page_size), dtype=torch.int32),
+            torch.empty(batch, dtype=torch.int32),
+            torch.empty((batch, q_len, heads, rank), dtype=dtype),
+            torch.empty((batch, q_len, heads)),
+            softmax_scale=1.0,
+            causal=True,
+            kv_lora_rank=rank,
+            num_splits=None,
+        )
+    return kernels
+
+
+# Few, 32 and many heads; split with the combine kernel (1 request) and not (300); several new tokens; both dtypes; the
+# page of DeepSeek's kernels, and 16, where a tile gathers several pages.
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("batch", "q_len", "heads", "dtype", "page_size"),
+    [
+        (1, 1, 16, torch.bfloat16, 64),
+        (300, 1, 16, torch.bfloat16, 64),
+        (1, 1, 32, torch.bfloat16, 64),
+        (1, 1, 128, torch.bfloat16, 64),
+        (300, 1, 128, torch.float16, 64),
+        (4, 2, 64, torch.bfloat16, 64),
+        (4, 1, 16, torch.float16, 16),
+        (300, 1, 128, torch.bfloat16, 16),
+    ],
+)
+def test_defaults_do_not_spill(
+    target: int, batch: int, q_len: int, heads: int, dtype: torch.dtype, page_size: int
+) -> None:
+    kernels = compile_for(target, batch, q_len, heads, dtype, page_size)
+    assert len(kernels) == (1 if batch == 300 else 2)
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel.name
+        assert kernel.shared_bytes <= shared_limit((target // 10, 0))
+
+
+def test_keys_are_copied_asynchronously_and_hopper_uses_its_own_instructions() -> None:
+    (many,) = compile_for(90, 300, 1, 128, torch.bfloat16, 64)
+    assert "HGMMA" in many.sass
+    assert "LDGSTS" in many.sass
+
+
+def test_the_tiny_preset_compiles() -> None:
+    for kernel in compile_for(90, 2, 1, 4, torch.float16, 16, rank=64, rope=16):
+        assert kernel.spills == 0, kernel.name
