@@ -2,12 +2,13 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlakit.backends import registry
 from mlakit.bench.config import BenchmarkConfig
 from mlakit.bench.process import Worker, WorkerDiedError, WorkerRefusedError, WorkerTimeoutError
 from mlakit.bench.results import BenchmarkResult, Record, Session
@@ -38,18 +39,32 @@ class Listener:
         """A row is done and in the record."""
 
 
-def probe(device: str, dtypes: Iterable[str], listener: Listener | None = None) -> Device:
+def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], listener: Listener | None = None) -> Device:
     """Find the device and measure its ceilings for each dtype, in a process of its own.
+
+    `dtypes` may depend on the device that "auto" turns out to be: {"cpu": [...], "cuda:0": [...]}.
 
     Raises:
         ValueError: there is no such device.
         RuntimeError: the device is there and does not work.
     """
     listener = listener or Listener()
-    request = {"command": "probe", "device": device, "dtypes": sorted(set(dtypes))}
+    wanted = {k: sorted(v) for k, v in dtypes.items()} if isinstance(dtypes, Mapping) else sorted(set(dtypes))
+    request = {"command": "probe", "device": device, "dtypes": wanted}
     with Worker() as worker:
         answer = worker.request(request, timeout=_PROBE_TIMEOUT, on_stage=listener.stage)
     return Device(answer["device"], answer["environment"], answer["ceilings"])
+
+
+def list_backends(device: str) -> tuple[str, list[dict[str, Any]]]:
+    """The device's name, and for each backend that can be loaded: name, kind, hardware, parameters, and version or reason.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    with Worker() as worker:
+        found = worker.request({"command": "backends", "device": device, "names": registry.names()}, timeout=_PROBE_TIMEOUT)
+    return found["device"], found["rows"]
 
 
 @dataclass

@@ -46,31 +46,31 @@ def _send(events: TextIO, event: str, **content: Any) -> None:
 
 def _probe(request: dict[str, Any], events: TextIO) -> dict[str, Any]:
     """Resolve the device, and measure its ceilings for the dtypes asked for."""
-    import torch
-
     from mlakit.bench.environment import describe_environment
     from mlakit.bench.limits import measure_ceilings
     from mlakit.bench.workload import DTYPES
     from mlakit.hardware import device_info
 
-    name = request["device"]
-    device = parse_device(("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = parse_device(request["device"])
     info = device_info(device)
     ceilings = {}
-    for dtype in request["dtypes"]:
+    dtypes = request["dtypes"]
+    for dtype in dtypes[str(device)] if isinstance(dtypes, dict) else dtypes:
         _send(events, "stage", name=f"measuring this device's limits in {dtype}")
         ceilings[dtype] = vars(measure_ceilings(device, DTYPES[dtype]))
     return {"device": str(device), "environment": describe_environment(info), "ceilings": ceilings}
 
 
 def parse_device(name: str) -> Any:
-    """A torch.device with its index.
+    """A torch.device with its index; "auto" is the first GPU if there is one, else the CPU.
 
     Raises:
         ValueError: no device's name.
     """
     import torch
 
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -84,7 +84,8 @@ def _backends(request: dict[str, Any], events: TextIO) -> dict[str, Any]:
     from mlakit.backends.base import Available
     from mlakit.hardware import device_info
 
-    info = device_info(parse_device(request["device"]))
+    device = parse_device(request["device"])
+    info = device_info(device)
     rows = []
     for name in request["names"]:
         try:
@@ -104,7 +105,7 @@ def _backends(request: dict[str, Any], events: TextIO) -> dict[str, Any]:
                 "parameters": {p.name: p.help for p in backend.parameters.values()},
             }
         )
-    return {"rows": rows}
+    return {"device": f"{info.name} ({device})", "rows": rows}
 
 
 def _row(request: dict[str, Any], events: TextIO) -> dict[str, Any]:

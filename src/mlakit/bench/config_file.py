@@ -1,0 +1,336 @@
+"""YAML configs: what they may say, and errors that name the file, the line and the nearest valid key. No torch here."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlakit.backends.registry import check_name, is_known, normalize
+from mlakit.bench.batch_spec import multiply_batch, parse_batch_spec
+from mlakit.dims import nearest, preset
+
+AUTO = "auto"
+
+
+def _check_spec(spec: str) -> str:
+    parse_batch_spec(spec)
+    return spec
+
+
+def _check_model(name: str) -> str:
+    preset(name)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_check_model)]
+BackendName = Annotated[str, AfterValidator(check_name)]  # in our spelling from here on
+BatchSpec = Annotated[str, AfterValidator(_check_spec)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """Dimensions: a preset's `name`, and whatever is given beside it."""
+
+    name: ModelName | None = None
+    num_layers: int | None = None
+    num_q_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    block_size: int | None = None
+
+
+class RangeVariable(_Section):
+    """Values from `start` to `stop` in steps of `step`, `stop` included unless `end_inclusive` is false."""
+
+    start: int
+    stop: int
+    step: int = Field(default=1, ge=1)
+    end_inclusive: bool = True
+
+    def values(self) -> list[int]:
+        """The values."""
+        return list(range(self.start, self.stop + (1 if self.end_inclusive else 0), self.step))
+
+
+class SpecRange(BaseModel):
+    """A `template` such as "q{q_len}s1k" and its variables; several variables give the product."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, RangeVariable] = Field(init=False)
+
+    template: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SpecRange":
+        wanted = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
+        given = set(self.__pydantic_extra__)
+        if wanted != given:
+            has = ", ".join(sorted(wanted)) or "none"
+            raise ValueError(f"template {self.template!r} has the variables {has}; given are {', '.join(sorted(given)) or 'none'}")
+        return self
+
+    def specs(self) -> list[str]:
+        """The batch specs, the last variable fastest."""
+        variables = self.__pydantic_extra__
+        choices = product(*(variable.values() for variable in variables.values()))
+        return [self.template.format(**dict(zip(variables, values, strict=True))) for values in choices]
+
+
+class Sweep(_Section):
+    """Values of one parameter to go through; `label_format` names each row with {backend}, {param_name} and {value}."""
+
+    param_name: str
+    values: list[int | str] = Field(min_length=1)
+    include_auto: bool = False
+    label_format: str = "{backend}_{param_name}_{value}"
+
+    @model_validator(mode="after")
+    def _label(self) -> "Sweep":
+        try:
+            self.label_format.format(backend="", param_name="", value="")
+        except (KeyError, IndexError, ValueError):
+            raise ValueError(
+                f"label_format may use {{backend}}, {{param_name}} and {{value}}, got {self.label_format!r}"
+            ) from None
+        return self
+
+    def all_values(self) -> list[int | str]:
+        """The values, "auto" first if it is asked for."""
+        return [*([AUTO] if self.include_auto and AUTO not in self.values else []), *self.values]
+
+
+class BenchmarkSection(_Section):
+    """How to measure; each field as the flag of that name."""
+
+    attention: Literal["mla", "standard"] | None = None
+    device: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32", "auto"] | None = None
+    repeats: int | None = Field(default=None, ge=1)
+    warmup_iters: int | None = Field(default=None, ge=0)
+    profile_memory: bool | None = None
+    l2: Literal["cold", "hot", "both"] | None = None
+    cuda_graph: bool | None = None
+    scope: Literal["attention", "pipeline"] | None = None
+    check: bool | None = None
+    timeout: float | None = Field(default=None, gt=0)
+    seed: int | None = None
+
+
+class OutputSection(_Section):
+    """Where results go; what is not named goes to a folder of the run's own."""
+
+    csv: str | None = None
+    json_: str | None = Field(default=None, alias="json")
+    plot: str | None = None
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ConfigFile(_Section):
+    """A whole config: what to measure, on what, and how."""
+
+    description: str = ""
+    mode: Literal["compare", "decode_vs_prefill"] = "compare"
+    model: ModelSection = ModelSection()
+    batch_specs: list[BatchSpec] = []
+    batch_spec_ranges: list[SpecRange] = []
+    batch_sizes: list[int] = []
+    backends: list[BackendName] = []
+    backend: BackendName | None = None
+    backend_parameters: dict[BackendName, dict[str, int | str]] = {}
+    parameter_sweep: Sweep | None = None
+    model_parameter_sweep: Sweep | None = None
+    benchmark: BenchmarkSection = BenchmarkSection()
+    output: OutputSection = OutputSection()
+    on_cpu: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vllm_spellings(cls, data: Any) -> Any:
+        """Accept what vLLM's own configs do: benchmark settings and backends' sections at the top, `model` as a mere name."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if isinstance(data.get("model"), str):
+            data["model"] = {"name": data["model"]}
+        for name in ("device", "repeats", "warmup_iters", "profile_memory"):
+            if name in data:
+                section = dict(data.get("benchmark") or {})
+                if name in section:
+                    raise ValueError(f"{name} is given twice: at the top and in benchmark")
+                data["benchmark"] = {**section, name: data.pop(name)}
+        for name in [k for k in data if k not in cls.model_fields and isinstance(k, str) and is_known(normalize(k))]:
+            sections = dict(data.get("backend_parameters") or {})
+            data["backend_parameters"] = {**sections, name: data.pop(name)}
+        return data
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ConfigFile":
+        if self.backend and self.backends:
+            raise ValueError("give backend or backends, not both")
+        for spec in self.specs():
+            parse_batch_spec(spec)
+        return self
+
+    def backend_names(self) -> list[str]:
+        """The backends asked for, without repeats."""
+        return list(dict.fromkeys([self.backend] if self.backend else self.backends))
+
+    def specs(self) -> list[str]:
+        """Every batch spec: the list, the ranges, each times every batch size; without repeats."""
+        specs = [*self.batch_specs, *(spec for r in self.batch_spec_ranges for spec in r.specs())]
+        if self.batch_sizes:
+            specs = [multiply_batch(spec, size) for size in self.batch_sizes for spec in specs]
+        return list(dict.fromkeys(specs))
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config, where it is from, and its variant for a CPU (the same if it has none)."""
+
+    name: str
+    content: ConfigFile
+    on_cpu: ConfigFile
+    cpu_changes: list[str] = field(default_factory=list)
+
+
+def packaged() -> dict[str, Path]:
+    """The configs that come with mlakit, by name."""
+    folder = Path(str(resources.files("mlakit") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> Path:
+    """The file that `--config` means: an existing path, or a packaged config's name (also as vLLM writes it, `configs/mla_decode.yaml`).
+
+    Raises:
+        ValueError: neither; the message gives the nearest packaged name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    known = packaged()
+    if path.stem in known and (name_or_path == path.stem or path.parts[-2:] == ("configs", f"{path.stem}.yaml")):
+        return known[path.stem]
+    if path.suffix or len(path.parts) > 1:
+        raise ValueError(f"config file {name_or_path} does not exist")
+    raise ValueError(f"unknown config {name_or_path!r}; {nearest(name_or_path, known)}")
+
+
+def load(name_or_path: str) -> LoadedConfig:
+    """Read and validate a config.
+
+    Raises:
+        ValueError: no such file, no YAML, or content that cannot be meant; one line with file, line number and what would be right.
+    """
+    path = find(name_or_path)
+    shown = name_or_path if path.suffix and str(path) == name_or_path else path.name
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ValueError(f"{shown}{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{shown}: a config is a mapping of keys such as batch_specs and backends, got {type(data).__name__}")
+    lines = _Lines(shown, node)
+    content = _validate(data, lines, ())
+    overrides = content.on_cpu
+    if not overrides:
+        return LoadedConfig(path.stem, content, content)
+    base = {k: v for k, v in data.items() if k != "on_cpu"}
+    if "batch_specs" in overrides or "batch_spec_ranges" in overrides:
+        base = {k: v for k, v in base.items() if k not in ("batch_specs", "batch_spec_ranges")}
+    on_cpu = _validate(_merge(base, overrides), lines, ("on_cpu",))
+    return LoadedConfig(path.stem, content, on_cpu, sorted(overrides))
+
+
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+class _Lines:
+    """Line numbers of a YAML document's keys; finds duplicate keys, which YAML forbids and PyYAML takes."""
+
+    def __init__(self, shown: str, node: yaml.Node | None) -> None:
+        self.shown = shown
+        self._lines: dict[tuple[Any, ...], int] = {}
+        if node is not None:
+            self._walk(node, ())
+
+    def _walk(self, node: yaml.Node, path: tuple[Any, ...]) -> None:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if (*path, key.value) in self._lines:
+                    raise ValueError(f"{self.shown}:{line}: key {key.value!r} is there twice")
+                self._lines[(*path, key.value)] = line
+                self._walk(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self._walk(value, (*path, index))
+
+    def where(self, path: Iterable[Any]) -> str:
+        """ "file:line" of a key, or of the nearest thing above it that the file holds."""
+        parts = tuple(path)
+        while parts and parts not in self._lines:
+            parts = parts[:-1]
+        return f"{self.shown}:{self._lines.get(parts, 1)}"
+
+
+def _validate(data: dict[str, Any], lines: _Lines, prefix: tuple[str, ...]) -> ConfigFile:
+    try:
+        return ConfigFile.model_validate(data)
+    except ValidationError as error:
+        first, more = error.errors()[0], error.error_count() - 1
+        loc = first["loc"]
+        tail = f" (and {more} more)" if more else ""
+        at = lines.where((*prefix, *loc)) if prefix and lines.where((*prefix, *loc)) != lines.where(prefix) else lines.where(loc)
+        raise ValueError(f"{at}: {_explain(first)}{tail}") from None
+
+
+def _explain(error: Any) -> str:
+    loc, kind = error["loc"], error["type"]
+    name = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        section = _section(loc[:-1])
+        inside = f" in {'.'.join(map(str, loc[:-1]))}" if loc[:-1] else ""
+        return f"unknown key {str(loc[-1])!r}{inside}; {nearest(str(loc[-1]), section)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not name:
+        return message
+    given = "" if kind == "value_error" or kind == "missing" else f", got {error['input']!r}"
+    return f"{name}: {message[:1].lower()}{message[1:]}{given}"
+
+
+def _section(loc: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the section at a location."""
+    model: Any = ConfigFile
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else RangeVariable
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [f.alias or n for n, f in model.model_fields.items()]

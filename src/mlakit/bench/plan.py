@@ -1,0 +1,229 @@
+"""From a config and the flags given beside it to the rows of a run. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlakit.backends import registry
+from mlakit.backends.base import REORDER_BATCH_THRESHOLD, Attention, Parameter
+from mlakit.bench.config import BenchmarkConfig, complete_dims, infer_attention
+from mlakit.bench.config_file import AUTO, ConfigFile, LoadedConfig, Sweep
+from mlakit.dims import nearest
+
+# Sizes that a sweep may vary beside the backends' own parameters.
+MODEL_PARAMETERS = (
+    "num_q_heads", "num_kv_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_layers",
+    "block_size",
+)  # fmt: skip
+_DEFAULTS: dict[str, Any] = {"device": AUTO, "dtype": AUTO, "l2": "cold"}
+# Every GPU from Ampere on computes bf16 fastest; most CPUs have no units for it and compute float32 faster.
+_DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows to measure, and what the user should know about how they came about."""
+
+    rows: list[BenchmarkConfig]
+    name: str
+    description: str
+    mode: Literal["compare", "decode_vs_prefill"]
+    output: dict[str, str | None]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config file's content, or nothing, with the flags of the command line laid over it."""
+
+    content: ConfigFile
+    name: str
+    notes: list[str]
+
+
+def settings_for(loaded: LoadedConfig | None, flags: dict[str, Any], *, cpu: bool) -> Settings:
+    """Lay flags over a config; flags win, and a note says which. `flags` has the sections of a config file.
+
+    Raises:
+        ValueError: the flags make no sense.
+    """
+    if loaded is None:
+        return Settings(ConfigFile.model_validate(flags), "custom", [])
+    notes = []
+    base = loaded.content
+    if cpu and loaded.cpu_changes:
+        base = loaded.on_cpu
+        notes.append(f"on a CPU {loaded.name} runs smaller: its on_cpu section replaces {', '.join(loaded.cpu_changes)}")
+    content = base.model_dump(exclude_unset=True, by_alias=True)
+    if "batch_specs" in flags:
+        for key in ("batch_spec_ranges", "batch_sizes"):
+            if content.pop(key, None):
+                notes.append(f"--batch-specs replaces {key} of {loaded.name}")
+    if "backends" in flags and content.pop("backend", None):
+        notes.append(f"--backends replaces backend of {loaded.name}")
+    for key, value in flags.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            for name, inner in value.items():
+                _replace(content[key], name, inner, f"{key}.{name}", loaded.name, notes)
+        else:
+            _replace(content, key, value, key, loaded.name, notes)
+    return Settings(ConfigFile.model_validate(content), loaded.name, notes)
+
+
+def _replace(section: dict[str, Any], key: str, value: Any, shown: str, source: str, notes: list[str]) -> None:
+    before = section.get(key)
+    if before is not None and before != value:
+        notes.append(f"the command line's {shown} ({_short(value)}) replaces {source}'s ({_short(before)})")
+    section[key] = value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "")
+    return str(value.get("values", value)) if isinstance(value, dict) else str(value)
+
+
+def attention_of(content: ConfigFile, backends: Sequence[str]) -> Attention:
+    """MLA or standard attention: as said, else as the model or its dimensions say, else as the backends do.
+
+    Raises:
+        ValueError: unknown model or backend.
+    """
+    if content.benchmark.attention:
+        return content.benchmark.attention
+    model = content.model
+    if model.name is None and any(
+        getattr(model, name) is not None for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ):
+        return "mla"
+    return infer_attention(model.name, [registry.attention_kinds(name) for name in backends])
+
+
+def make_plan(settings: Settings, device: str) -> Plan:
+    """The rows of a run on a device ("cpu" or "cuda:0"), batch by batch so that what is compared is measured close together.
+
+    Raises:
+        ValueError: nothing to measure, an unknown parameter, or sizes that contradict each other.
+    """
+    content, notes = settings.content, list(settings.notes)
+    specs = content.specs()
+    if not specs:
+        raise ValueError("no batch to measure: give --batch-specs or a --config (mlakit configs lists them)")
+    backends = content.backend_names()
+    kind = attention_of(content, backends)
+    if not backends:
+        backends = [name for name in registry.names() if kind in registry.attention_kinds(name)]
+        notes.append(f"no backend was named; all that compute {kind} attention run: {', '.join(backends)}")
+    parameters = _declared_parameters(backends)
+    base = _base(content, kind, device)
+    points = _sweep_points(content.model_parameter_sweep, content.parameter_sweep, parameters, backends)
+
+    rows = []
+    for model_value in points[0]:
+        for spec in specs:
+            for backend in backends:
+                for value in points[1]:
+                    settings_row = {**base, "backend": backend, "batch_spec": spec}
+                    labels = _apply(settings_row, content, backend, parameters, model_value, value)
+                    rows += _expand_row(settings_row, labels, content, spec)
+    rows = list({row.key: row for row in rows}.values())
+    output = content.output.model_dump(by_alias=True)
+    return Plan(rows, settings.name, content.description, content.mode, output, notes)
+
+
+def _declared_parameters(backends: Sequence[str]) -> dict[str, dict[str, Parameter]]:
+    found: dict[str, dict[str, Parameter]] = {}
+    for name in backends:
+        if name in registry.WITHOUT_ADAPTER:
+            mla = "mla" in registry.WITHOUT_ADAPTER[name]
+            found[name] = {REORDER_BATCH_THRESHOLD.name: REORDER_BATCH_THRESHOLD} if mla else {}
+        else:
+            found[name] = registry.load(name).parameters
+    return found
+
+
+def _base(content: ConfigFile, kind: Attention, device: str) -> dict[str, Any]:
+    on = "cpu" if device == "cpu" else "cuda"
+    given = {k: v for k, v in content.benchmark.model_dump().items() if v is not None}
+    base = {**_DEFAULTS, **given, "device": device, "attention": kind}
+    if base["dtype"] == AUTO:
+        base["dtype"] = _DEFAULT_DTYPE[on]
+    model = {k: v for k, v in content.model.model_dump().items() if v is not None and k != "name"}
+    return {**base, **model, "model": content.model.name}
+
+
+def _sweep_points(
+    model_sweep: Sweep | None, sweep: Sweep | None, parameters: dict[str, dict[str, Parameter]], backends: Sequence[str]
+) -> tuple[list[Any], list[Any]]:
+    if model_sweep is not None and model_sweep.param_name not in MODEL_PARAMETERS:
+        raise ValueError(
+            f"model_parameter_sweep of unknown {model_sweep.param_name!r}; {nearest(model_sweep.param_name, MODEL_PARAMETERS)}"
+        )
+    if sweep is not None and sweep.param_name not in MODEL_PARAMETERS:
+        declared = {name for own in parameters.values() for name in own}
+        if sweep.param_name not in declared:
+            having = "; ".join(f"{name} has {', '.join(parameters[name]) or 'none'}" for name in backends)
+            raise ValueError(
+                f"no selected backend has a parameter {sweep.param_name!r} ({having}); "
+                f"a sweep may also vary {', '.join(MODEL_PARAMETERS)}"
+            )
+    return (
+        model_sweep.all_values() if model_sweep else [None],
+        sweep.all_values() if sweep else [None],
+    )
+
+
+def _apply(
+    row: dict[str, Any],
+    content: ConfigFile,
+    backend: str,
+    parameters: dict[str, dict[str, Parameter]],
+    model_value: Any,
+    value: Any,
+) -> list[str]:
+    """Set the backend's own parameters and this point of the sweeps; returns the labels of the sweeps."""
+    labels = []
+    for name, given in content.backend_parameters.get(backend, {}).items():
+        if name not in parameters[backend]:
+            raise ValueError(f"{backend} has no parameter {name!r}; {nearest(name, parameters[backend])}")
+        _set_parameter(row, parameters[backend][name], given)
+    for sweep, point in ((content.model_parameter_sweep, model_value), (content.parameter_sweep, value)):
+        if sweep is None:
+            continue
+        if sweep.param_name in MODEL_PARAMETERS:
+            if point != AUTO:
+                row[sweep.param_name] = point
+        elif sweep.param_name in parameters[backend]:
+            _set_parameter(row, parameters[backend][sweep.param_name], point)
+        else:
+            continue  # another backend's parameter: this one runs once, unswept, for comparison
+        labels.append(sweep.label_format.format(backend=backend, param_name=sweep.param_name, value=point))
+    return labels
+
+
+def _set_parameter(row: dict[str, Any], parameter: Parameter, value: Any) -> None:
+    parsed = parameter.parse(value)
+    if parameter.name == REORDER_BATCH_THRESHOLD.name:
+        row[parameter.name] = parsed
+    else:
+        row["parameters"] = {**row.get("parameters", {}), parameter.name: parsed}
+
+
+def _expand_row(row: dict[str, Any], labels: list[str], content: ConfigFile, spec: str) -> list[BenchmarkConfig]:
+    """One row a variant: cold and hot L2, both pipelines."""
+    label = " ".join(labels) or None
+    row = complete_dims({k: v for k, v in row.items() if v is not None})
+    rows = []
+    for l2 in ("cold", "hot") if row["l2"] == "both" else (row["l2"],):
+        title = f"{label or row['backend']} hot" if row["l2"] == "both" and l2 == "hot" else label
+        if content.mode == "decode_vs_prefill":
+            if row["attention"] != "mla":
+                raise ValueError("mode decode_vs_prefill compares MLA's two pipelines; what is measured is standard attention")
+            for pipeline in ("decode", "prefill"):
+                shown = f"{title or row['backend']}_{pipeline}"
+                # The two pipelines start from the same query and cache only when their projections count.
+                variant = {"scope": "pipeline", **row, "l2": l2, "pipeline": pipeline, "label": shown}
+                rows.append(BenchmarkConfig(**variant))
+        else:
+            rows.append(BenchmarkConfig(**{**row, "l2": l2, "label": title}))
+    return rows

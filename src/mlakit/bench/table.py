@@ -1,0 +1,163 @@
+"""The table at the end of a run. It fits the terminal by leaving out what matters least; a pipe gets all of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlakit.bench.batch_spec import get_batch_type
+from mlakit.bench.results import STATUS_WORDS, BenchmarkResult
+from mlakit.bench.units import percent, rate, seconds, three
+
+PIPE_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[BenchmarkResult, "_Batch"], str]
+    keep: int  # the lower, the longer it stays when room is short
+    right: bool = True
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of one batch on one model: what is compared with one another."""
+
+    rows: tuple[BenchmarkResult, ...]
+
+    @property
+    def best(self) -> float | None:
+        return min((r.timing.median for r in self.rows if r.timing), default=None)
+
+
+def comparison_key(row: BenchmarkResult) -> tuple[object, ...]:
+    """Rows with the same key measured the same job, so that their times may be compared."""
+    c = row.config
+    dims = (c.num_q_heads, c.num_kv_heads, c.head_dim, c.qk_nope_head_dim, c.v_head_dim)
+    return (c.batch_spec, c.attention, dims, c.dtype, c.scope, c.l2)
+
+
+def group_rows(rows: Sequence[BenchmarkResult]) -> list[tuple[BenchmarkResult, ...]]:
+    """Rows that may be compared, together; groups and rows in order of first appearance."""
+    groups: dict[tuple[object, ...], list[BenchmarkResult]] = {}
+    for row in rows:
+        groups.setdefault(comparison_key(row), []).append(row)
+    return [tuple(group) for group in groups.values()]
+
+
+def _time(row: BenchmarkResult, batch: _Batch) -> str:
+    return seconds(row.timing.median) if row.timing else STATUS_WORDS[row.status]
+
+
+def _interval(row: BenchmarkResult, batch: _Batch) -> str:
+    if not row.timing or len(row.timing.samples) < 2:
+        return ""
+    low, high = row.timing.ci95
+    return f"-{percent(1 - low / row.timing.median)} +{percent(high / row.timing.median - 1)}"
+
+
+def _limit(row: BenchmarkResult, batch: _Batch) -> str:
+    return percent(row.fraction_of_limit) if row.fraction_of_limit is not None else ""
+
+
+def _rate(row: BenchmarkResult, batch: _Batch) -> str:
+    if not row.timing or not row.limit:
+        return ""
+    if row.limit.bound == "memory":
+        return rate(row.limit.bytes / row.timing.median, "B/s")
+    return rate(row.limit.flops / row.timing.median, "FLOP/s")
+
+
+def _relative(row: BenchmarkResult, batch: _Batch) -> str:
+    if not row.timing or batch.best is None or len(batch.rows) < 2:
+        return ""
+    return "best" if row.timing.median == batch.best else f"{three(row.timing.median / batch.best)}x"
+
+
+def _tokens(row: BenchmarkResult, batch: _Batch) -> str:
+    return rate(row.throughput_tokens_per_sec, "").rstrip() if row.throughput_tokens_per_sec else ""
+
+
+def _mode(row: BenchmarkResult, batch: _Batch) -> str:
+    return "+".join(dict.fromkeys(mode for mode in row.modes.values() if mode != "standard"))
+
+
+def _checked(row: BenchmarkResult, batch: _Batch) -> str:
+    if not row.success:
+        return ""
+    return "ok" if row.check else "unchecked"
+
+
+def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
+    one_size = len({(r.config.num_q_heads, r.config.num_kv_heads) for r in rows}) <= 1
+    columns = [
+        _Column("batch", lambda r, b: r.config.batch_spec if r is b.rows[0] else "", 0, right=False),
+        _Column("type", lambda r, b: get_batch_type(r.config.batch_spec) if r is b.rows[0] else "", 6, right=False),
+        _Column("backend", lambda r, b: r.config.title, 0, right=False),
+        _Column("mode", _mode, 8, right=False),
+        _Column("time", _time, 0),
+        _Column("95% interval", _interval, 7),
+        _Column("of limit", _limit, 2),
+        _Column("rate", _rate, 4),
+        _Column("tokens/s", _tokens, 5),
+        _Column("vs best", _relative, 1),
+        _Column("check", _checked, 3),
+    ]
+    if not one_size:
+        columns.insert(2, _Column("heads", lambda r, b: str(r.config.num_q_heads) if r is b.rows[0] else "", 0))
+    if not relative:
+        columns = [c for c in columns if c.title != "vs best"]
+    # A column that says nothing in any row is not worth its room.
+    batches = [_Batch(group) for group in group_rows(rows)]
+    return [c for c in columns if any(c.cell(row, batch) for batch in batches for row in batch.rows)]
+
+
+def print_table(console: Console, rows: Sequence[BenchmarkResult], *, relative: bool = True, title: str | None = None) -> None:
+    """Print rows grouped by batch, the fastest of each in bold, and below it the full reason of each row without a time."""
+    batches = [_Batch(group) for group in group_rows(rows)]
+    columns = _columns(rows, relative)
+    cells = [[[column.cell(row, batch) for column in columns] for row in batch.rows] for batch in batches]
+    keep = _fit(columns, [line for batch in cells for line in batch], console.width)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index in keep:
+        table.add_column(columns[index].title, justify="right" if columns[index].right else "left", overflow="fold")
+    for batch, lines in zip(batches, cells, strict=True):
+        for row, line in zip(batch.rows, lines, strict=True):
+            is_best = row.timing is not None and row.timing.median == batch.best and len(batch.rows) > 1
+            style = "bold green" if is_best else "" if row.success else "yellow"
+            table.add_row(*[Text(line[i], style=style) for i in keep], end_section=row is batch.rows[-1])
+    console.print(table)
+    if len(keep) < len(columns):
+        left_out = ", ".join(c.title for i, c in enumerate(columns) if i not in keep)
+        console.print(Text(f"(left out for want of room: {left_out})", style="dim"))
+    print_reasons(console, rows)
+
+
+def print_reasons(console: Console, rows: Sequence[BenchmarkResult]) -> None:
+    """One line for each row that has no time, with its reason."""
+    for row in rows:
+        if not row.success:
+            reason = f"{row.config.title} on {row.config.batch_spec}: {STATUS_WORDS[row.status]}: {row.error}"
+            console.print(Text(reason, style="yellow"), soft_wrap=not console.is_terminal)
+
+
+def _fit(columns: Sequence[_Column], lines: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Indices of the columns that fit into `width`."""
+    widths = [max(len(c.title), *(len(line[i]) for line in lines)) for i, c in enumerate(columns)]
+    keep = list(range(len(columns)))
+    while sum(widths[i] + 2 for i in keep) > width:
+        droppable = [i for i in keep if columns[i].keep > 0]
+        if not droppable:
+            break
+        keep.remove(max(droppable, key=lambda i: columns[i].keep))
+    return keep
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or wide enough for everything when the output goes to a file or a pipe."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)

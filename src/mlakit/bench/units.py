@@ -1,0 +1,40 @@
+"""Numbers as people read them: three significant digits and a unit."""
+
+
+def seconds(value: float) -> str:
+    """2.31e-05 is "23.1 µs"."""
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s")):
+        if value < limit * 0.9995:
+            return f"{three(value * factor)} {unit}"
+    raise AssertionError("unreachable: the last limit is infinite")
+
+
+def rate(value: float, unit: str) -> str:
+    """4.26e12 with "B/s" is "4.26 TB/s"."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor * 0.9995:
+            return f"{three(value / factor)} {prefix}{unit}"
+    return f"{three(value)} {unit}"
+
+
+def three(value: float) -> str:
+    """Three significant digits, without an exponent from 0.001 up."""
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    digits = 0 if magnitude >= 99.95 else 1 if magnitude >= 9.995 else 2 if magnitude >= 0.9995 else 3
+    return f"{value:.{digits}f}" if magnitude >= 0.001 else f"{value:.2e}"
+
+
+def percent(fraction: float) -> str:
+    """0.453 is "45%", 0.0453 is "4.5%", 0.0023 is "0.23%"."""
+    value = fraction * 100
+    digits = 0 if abs(value) >= 9.95 else 1 if abs(value) >= 0.995 else 2
+    return f"{value:.{digits}f}%"
+
+
+def duration(value: float) -> str:
+    """Whole seconds as m:ss or h:mm:ss."""
+    minutes, secs = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

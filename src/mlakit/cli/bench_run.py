@@ -1,0 +1,142 @@
+"""What `mlakit bench` does once its flags are read: plan, probe, run, show, and say where everything is."""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlakit.bench import config_file
+from mlakit.bench.crossover import find_crossovers
+from mlakit.bench.formatter import ResultsFormatter
+from mlakit.bench.plan import Plan, make_plan, settings_for
+from mlakit.bench.results import Record
+from mlakit.bench.runner import Device, Run, new_session, probe
+from mlakit.bench.table import make_console
+from mlakit.bench.units import rate
+from mlakit.cli.progress import Progress
+from mlakit.report.plots import plot_times
+
+RUNS = Path("mlakit-runs")
+
+
+def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: bool, command: Sequence[str]) -> int:
+    """Do the run; returns the exit code.
+
+    Raises:
+        ValueError: bad input of any kind.
+        KeyboardInterrupt: after saying how to go on.
+    """
+    loaded = config_file.load(config) if config else None
+    # A plan for either kind of device, before anything slow starts: most mistakes show here.
+    for cpu in (True, False):
+        make_plan(settings_for(loaded, flags, cpu=cpu), "cpu" if cpu else "cuda:0")
+    err = make_console(stderr=True)
+    progress = Progress(err, quiet=quiet)
+    wanted = flags.get("benchmark", {}).get("device") or (loaded.content.benchmark.device if loaded else None) or "auto"
+    with progress:
+        device = _probe(wanted, loaded, flags, progress)
+        plan = make_plan(settings_for(loaded, flags, cpu=device.name == "cpu"), device.name)
+        paths = _Paths(plan, resume)
+        record = _open_record(plan, device, paths, resume, command)
+        if not quiet:
+            progress.say(_headline(plan, device))
+            for note in plan.notes:
+                progress.say(f"note: {note}")
+        run = Run(plan.rows, device, record, save=lambda r: _save(r, paths), listener=progress)
+        already = len(plan.rows) - len(run.missing())
+        if already:
+            progress.say(f"resuming {paths.json}: {already} of {len(plan.rows)} rows are there")
+        progress.expect(len(run.missing()))
+        try:
+            run.execute()
+        except KeyboardInterrupt:
+            done = len(plan.rows) - len(run.missing())
+            again = " ".join(["mlakit", *command] + ([] if resume else ["--resume"]))
+            progress.say(f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}")
+            raise
+    return _show(record, plan, paths, err if not quiet else None)
+
+
+def _probe(wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress) -> Device:
+    """The device, with ceilings for every dtype that the plan will name on it."""
+    names = [wanted] if wanted != "auto" else ["cpu", "cuda:0"]
+    dtypes = {name: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=name == "cpu"), name).rows} for name in names}
+    return probe(wanted, {name: sorted(found) for name, found in dtypes.items()}, progress)
+
+
+class _Paths:
+    """Where a run's files go: as told, else into a folder of the run's own."""
+
+    def __init__(self, plan: Plan, resume: bool) -> None:
+        told = {kind: Path(path) for kind, path in plan.output.items() if path}
+        folder = (_latest(plan.name) if resume else None) or RUNS / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.json = told.get("json") or folder / "record.json"
+        # Naming any file means: these, and the record that makes resuming possible. Naming none: all of them.
+        self.csv = told.get("csv") or (None if told else folder / "results.csv")
+        self.plot = told.get("plot") or (None if told else folder / "times.png")
+        for path in filter(None, (self.json, self.csv, self.plot)):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder; expected a file to write to")
+
+
+def _latest(name: str) -> Path | None:
+    found = sorted(path.parent for path in RUNS.glob(f"{name}-*/record.json"))
+    return found[-1] if found else None
+
+
+def _open_record(plan: Plan, device: Device, paths: _Paths, resume: bool, command: Sequence[str]) -> Record:
+    session = new_session(device, ["mlakit", *command])
+    if paths.json.exists():
+        if resume:
+            record = Record.load(paths.json)
+            before, now = record.sessions[-1].environment["device"]["name"], device.environment["device"]["name"]
+            if before != now:
+                raise ValueError(f"{paths.json} was measured on {before}, and this is {now}: times would not compare; start a new record")
+            record.sessions.append(session)
+            record.planned = len({row.key for row in plan.rows} | {row.config.key for row in record.rows})
+            return record
+        paths.json.replace(paths.json.with_name(paths.json.name + ".bak"))  # an earlier measurement is never lost at once
+    elif resume and plan.output.get("json"):
+        raise ValueError(f"nothing to resume: {paths.json} does not exist")
+    elif resume:
+        raise ValueError(f"nothing to resume: no record of {plan.name!r} in {RUNS}/")
+    return Record(name=plan.name, description=plan.description, mode=plan.mode, planned=len(plan.rows), sessions=[session])
+
+
+def _save(record: Record, paths: _Paths) -> None:
+    record.save(paths.json)
+    if paths.csv:
+        ResultsFormatter().save_csv(record.rows, paths.csv)
+
+
+def _headline(plan: Plan, device: Device) -> str:
+    first = plan.rows[0]
+    kind = f"MLA ({first.model})" if first.attention == "mla" else "standard attention"
+    ceilings = device.ceilings[first.dtype]
+    memory = rate(max(ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"]), "B/s")
+    compute = rate(ceilings["flops_per_s"], "FLOP/s")
+    on = f"{device.environment['device']['name']} ({device.name})"
+    return f"{plan.name}: {kind}, {first.dtype}, on {on}; measured ceilings {memory}, {compute}"
+
+
+def _show(record: Record, plan: Plan, paths: _Paths, err: Any) -> int:
+    keys = {row.key for row in plan.rows}
+    rows = [row for row in record.rows if row.config.key in keys]
+    out = make_console()
+    ResultsFormatter(out).print_table(rows)
+    if plan.mode == "decode_vs_prefill":
+        out.print()
+        for crossover in find_crossovers(rows):
+            out.print(str(crossover), soft_wrap=True)
+    plotted = paths.plot is not None and plot_times(record, paths.plot)
+    if err is not None:
+        places = [("record", paths.json), ("table", paths.csv), ("plot", paths.plot if plotted else None)]
+        err.print("saved: " + ", ".join(f"{what} {path}" for what, path in places if path), soft_wrap=True)
+        slowed = sorted({reason for row in rows if row.gpu for reason in row.gpu.throttle_reasons})
+        if slowed:
+            err.print(f"note: the GPU was slowed down while some rows were timed: {', '.join(slowed)}", soft_wrap=True)
+    if not any(row.success for row in rows):
+        print("mlakit: no row succeeded", file=sys.stderr)
+        return 1
+    return 0
