@@ -1,4 +1,6 @@
-"""Which tests run where. A test that needs a GPU, Triton's interpreter or its compiler is left out elsewhere, and the summary says so."""
+"""Which tests run where. A test that needs a GPU, Triton's interpreter or its compiler is left out elsewhere, and the
+summary says so.
+"""
 
 import os
 
@@ -29,7 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             counts[reason] = counts.get(reason, 0) + 1
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
-    # xdist's controller collects nothing itself: its workers' counts are all alike, so a file from one of them is enough.
+    # xdist's controller collects nothing itself: its workers' counts are all alike, so a file from one of them is
+    # enough.
     config.stash[_COUNTS] = counts
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = counts

@@ -23,7 +23,7 @@ _PUBLIC = {
     "run_mla_benchmark": "mlakit.bench.runner",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]  # noqa: PLE0604 - every entry is a string
+__all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
     from mlakit.bench.batch_spec import (

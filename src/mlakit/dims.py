@@ -18,8 +18,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 class MLADims:
     """Dimensions of a Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    In *MHA mode* each of `num_heads` heads has keys of `qk_head_dim` and values of `v_head_dim`; in *MQA mode* the up-projection of
-    keys is absorbed into the query, and all heads share one key of `latent_dim`, whose first `kv_lora_rank` entries are the value.
+    In *MHA mode* each of `num_heads` heads has keys of `qk_head_dim` and values of `v_head_dim`; in *MQA mode* the
+    up-projection of keys is absorbed into the query, and all heads share one key of `latent_dim`, whose first
+    `kv_lora_rank` entries are the value.
 
     Raises:
         ValueError: a dimension is not a positive whole number, or `qk_rope_head_dim` is odd (rope turns pairs).

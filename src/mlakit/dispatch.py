@@ -11,11 +11,13 @@ def choose(operation: str, impl: str | None, candidates: Mapping[str, str | None
     Args:
         operation: the public function's name, for messages.
         impl: what the caller asked for; None takes the first candidate that can run.
-        candidates: implementations, fastest first; the value says why one cannot run these inputs here, or is None if it can.
+        candidates: implementations, fastest first; the value says why one cannot run these inputs here, or is None if
+            it can.
 
     Raises:
         ValueError: `impl` is no implementation's name.
-        RuntimeError: `impl` was named and cannot run, or none can; the message holds the reasons. There is no silent fallback.
+        RuntimeError: `impl` was named and cannot run, or none can; the message holds the reasons. There is no silent
+            fallback.
     """
     if impl is None:
         for name, reason in candidates.items():

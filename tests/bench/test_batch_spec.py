@@ -91,7 +91,8 @@ def test_grammar_round_trip(batch):
 
 @given(BATCHES)
 def test_printed_form_parses_back(batch):
-    # Printing groups by kind, so the order comes back only of a batch that has prefills first, then extends, then decodes.
+    # Printing groups by kind, so the order comes back only of a batch that has prefills first, then extends, then
+    # decodes.
     back = parse_batch_spec(format_batch_spec(batch))
     assert sorted(back) == sorted(batch)
     assert parse_batch_spec(format_batch_spec(back)) == back
@@ -100,7 +101,14 @@ def test_printed_form_parses_back(batch):
 
 @pytest.mark.parametrize(
     "printed",
-    ["3 decode (2x1k)", "1 extend (1x1k)", "1 decode (1xq4kv1k)", "1 prefill (1x2k);", "1 decode (1x1k) 1 decode (1x1k)", "1 decode (x)"],
+    [
+        "3 decode (2x1k)",
+        "1 extend (1x1k)",
+        "1 decode (1xq4kv1k)",
+        "1 prefill (1x2k);",
+        "1 decode (1x1k) 1 decode (1x1k)",
+        "1 decode (x)",
+    ],
 )
 def test_malformed_printed_form(printed):
     with pytest.raises(ValueError, match="batch spec"):

@@ -37,7 +37,8 @@ class Unavailable:
 class Parameter:
     """A setting that can be given and swept.
 
-    `minimum` and `maximum` bound an int (inclusive); `choices` lists what a str may be. "auto" is always accepted and means: not given.
+    `minimum` and `maximum` bound an int (inclusive); `choices` lists what a str may be. "auto" is always accepted and
+    means: not given.
     """
 
     name: str
@@ -79,14 +80,16 @@ REORDER_BATCH_THRESHOLD = Parameter(
 
 
 class Backend:
-    """One way to compute attention. A subclass says what it is and prepares callables; it never times or checks anything.
+    """One way to compute attention. A subclass says what it is and prepares callables; it never times or checks
+    anything.
 
-    For MLA a backend implements `prepare_mqa`, `prepare_mha` or both, and says in `decode_mode` and `prefill_mode` which of them each
-    pipeline uses. The projections around them, paging and up-projection are the bench's (`backends/pipeline.py`). For standard attention it
-    implements `prepare_standard`.
+    For MLA a backend implements `prepare_mqa`, `prepare_mha` or both, and says in `decode_mode` and `prefill_mode`
+    which of them each pipeline uses. The projections around them, paging and up-projection are the bench's
+    (`backends/pipeline.py`). For standard attention it implements `prepare_standard`.
 
-    A prepared callable is given one layer's tensors and an output buffer. It writes the buffer and returns it, or returns a tensor of its
-    own; it may return a pair with the log-sum-exp, which is then checked too. It must not keep results from an earlier call.
+    A prepared callable is given one layer's tensors and an output buffer. It writes the buffer and returns it, or
+    returns a tensor of its own; it may return a pair with the log-sum-exp, which is then checked too. It must not keep
+    results from an earlier call.
     """
 
     name: str = ""
@@ -114,20 +117,24 @@ class Backend:
         raise NotImplementedError
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this backend cannot take this problem (a page size, a head count), found before any launch; None if it can."""
+        """Why this backend cannot take this problem (a page size, a head count), found before any launch; None if it
+        can.
+        """
         return None
 
     def prepare_mqa(self, problem: MLAProblem, **parameters: Any) -> Callable[..., Output]:
         """Prepare attention in the latent space: `run(q_latent, cache, out)`.
 
-        q_latent is [tokens, heads, latent_dim], cache [pages, page_size, latent_dim], out [tokens, heads, kv_lora_rank].
+        q_latent is [tokens, heads, latent_dim], cache [pages, page_size, latent_dim], out [tokens, heads,
+        kv_lora_rank].
         """
         raise NotImplementedError
 
     def prepare_mha(self, problem: MLAProblem, **parameters: Any) -> Callable[..., Output]:
         """Prepare attention with expanded keys and values: `run(q, k, v, out)`.
 
-        q is [tokens, heads, qk_head_dim], k [keys, heads, qk_head_dim], v [keys, heads, v_head_dim], out [tokens, heads, v_head_dim].
+        q is [tokens, heads, qk_head_dim], k [keys, heads, qk_head_dim], v [keys, heads, v_head_dim], out [tokens,
+        heads, v_head_dim].
         """
         raise NotImplementedError
 

@@ -12,7 +12,9 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def prepare(backend: Backend, problem: Problem, parameters: dict[str, Any]) -> Callable[[Any], Result]:
-    """A callable that takes a layer and returns (out, lse or None); `parameters` holds the backend's own, without "auto"."""
+    """A callable that takes a layer and returns (out, lse or None); `parameters` holds the backend's own, without
+    "auto".
+    """
     if isinstance(problem, StandardProblem):
         attend = backend.prepare_standard(problem, **parameters)
 
@@ -34,7 +36,9 @@ def _prepare_mqa(backend: Backend, problem: MLAProblem, parameters: dict[str, An
         return lambda layer: _pair(attend(layer.q_latent, layer.cache, problem.out_latent))
 
     def run(layer: MLALayer) -> Result:
-        latent, lse = _pair(attend(absorb_query(layer.q, layer.w_uk, dims.qk_nope_head_dim), layer.cache, problem.out_latent))
+        latent, lse = _pair(
+            attend(absorb_query(layer.q, layer.w_uk, dims.qk_nope_head_dim), layer.cache, problem.out_latent)
+        )
         return torch.matmul(latent.transpose(0, 1), layer.w_uv).transpose(0, 1), lse
 
     return run
@@ -68,7 +72,9 @@ def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: int) -> 
 
 
 def expand(latent: torch.Tensor, layer: MLALayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [n, heads, qk_head_dim] and values [n, heads, v_head_dim] of cached tokens [n, latent_dim], by the real up-projection."""
+    """Keys [n, heads, qk_head_dim] and values [n, heads, v_head_dim] of cached tokens [n, latent_dim], by the real
+    up-projection.
+    """
     heads, nope, rank = layer.w_uk.shape
     compressed, rope = latent[:, :rank], latent[:, rank:]
     k = latent.new_empty((latent.shape[0], heads, nope + rope.shape[-1]))

@@ -13,7 +13,9 @@ from mlakit.testing import poison_
 
 @dataclass(frozen=True)
 class Group:
-    """The requests of one shape; `rows` are their query tokens and `keys` their keys, both [requests, length] int64 (ragged order)."""
+    """The requests of one shape; `rows` are their query tokens and `keys` their keys, both [requests, length] int64
+    (ragged order).
+    """
 
     q_len: int
     kv_len: int
@@ -23,7 +25,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Ragged:
-    """A batch of requests laid end to end, with the tables that paged kernels take. All tables are on the device, lengths int32.
+    """A batch of requests laid end to end, with the tables that paged kernels take. All tables are on the device,
+    lengths int32.
 
     `slots` [total keys] int64 is the flat cache slot (page * page_size + offset) of each key, requests in order.
     """
@@ -105,9 +108,10 @@ class Problem:
 class MLAProblem(Problem):
     """Multi-head Latent Attention of one pipeline's requests.
 
-    In the scope "attention" the decode pipeline starts from the paged latent cache, the prefill pipeline from keys and values already
-    expanded, and the query is given in whichever form the mode wants. In the scope "pipeline" both start from the plain query and the
-    paged latent cache and end at [tokens, heads, v_head_dim], so that the projections that tell the modes apart are counted.
+    In the scope "attention" the decode pipeline starts from the paged latent cache, the prefill pipeline from keys and
+    values already expanded, and the query is given in whichever form the mode wants. In the scope "pipeline" both start
+    from the plain query and the paged latent cache and end at [tokens, heads, v_head_dim], so that the projections that
+    tell the modes apart are counted.
     """
 
     dims: MLADims = field(kw_only=True)
@@ -141,9 +145,10 @@ class StandardProblem(Problem):
 class MLALayer:
     """One layer's tensors.
 
-    q [tokens, heads, qk_head_dim] (rope applied), q_latent [tokens, heads, latent_dim] the same with the key projection absorbed,
-    cache [pages, page_size, latent_dim], w_uk [heads, qk_nope_head_dim, kv_lora_rank], w_uv [heads, kv_lora_rank, v_head_dim]; k [keys,
-    heads, qk_head_dim] and v [keys, heads, v_head_dim] where the problem starts from them.
+    q [tokens, heads, qk_head_dim] (rope applied), q_latent [tokens, heads, latent_dim] the same with the key projection
+    absorbed, cache [pages, page_size, latent_dim], w_uk [heads, qk_nope_head_dim, kv_lora_rank], w_uv [heads,
+    kv_lora_rank, v_head_dim]; k [keys, heads, qk_head_dim] and v [keys, heads, v_head_dim] where the problem starts
+    from them.
     """
 
     q: torch.Tensor
@@ -157,7 +162,7 @@ class MLALayer:
 
 @dataclass(frozen=True)
 class StandardLayer:
-    """One layer's tensors: q [tokens, num_q_heads, head_dim] and the caches [pages, page_size, num_kv_heads, head_dim]."""
+    """One layer's tensors: q [tokens, num_q_heads, head_dim], caches [pages, page_size, num_kv_heads, head_dim]."""
 
     q: torch.Tensor
     k_cache: torch.Tensor

@@ -17,7 +17,8 @@ _OWN = {
     "sdpa": "mlakit.backends.sdpa:SDPA",
 }
 
-# Libraries of the field that no adapter runs yet: naming one is not a mistake, so it costs a row with this reason and not the run.
+# Libraries of the field that no adapter runs yet: naming one is not a mistake, so it costs a row with this reason and
+# not the run.
 WITHOUT_ADAPTER: dict[str, frozenset[Attention]] = {
     "flash": frozenset({"standard"}),
     "triton": frozenset({"standard"}),

@@ -97,7 +97,7 @@ def _causality(group: Group, problem: Problem) -> dict[str, Any]:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causality: dict[str, Any], scale: float) -> torch.Tensor:
-    """q [n, q_len, heads, dim], k and v [n, kv_len, kv_heads, dim]: [n, q_len, heads, v_dim]."""
+    """Q [n, q_len, heads, dim], k and v [n, kv_len, kv_heads, dim]: [n, q_len, heads, v_dim]."""
     import torch
 
     found = torch.nn.functional.scaled_dot_product_attention(

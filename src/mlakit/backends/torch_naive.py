@@ -1,4 +1,6 @@
-"""Attention in plain PyTorch with keys and values a head: for MLA after expanding the latent, and for standard attention."""
+"""Attention in plain PyTorch with keys and values a head: for MLA after expanding the latent, and for standard
+attention.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ class TorchNaive(Backend):
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """q [n, q_len, heads, dim], k and v [n, kv_len, kv_heads, dim]: [n, q_len, heads, v_dim]."""
+    """Q [n, q_len, heads, dim], k and v [n, kv_len, kv_heads, dim]: [n, q_len, heads, v_dim]."""
     import torch
 
     n, q_len, heads, _ = q.shape

@@ -1,6 +1,7 @@
 """The bench: any attention backend on any batch, checked before it is timed, against the device's own limit.
 
-spec → workload → check → time → record → show. Names are imported when first used, so that parsing a spec needs no torch.
+spec → workload → check → time → record → show. Names are imported when first used, so that parsing a spec needs no
+torch.
 """
 
 import importlib
@@ -20,7 +21,7 @@ _PUBLIC = {
     "ResultsFormatter": "formatter",
     "run_mla_benchmark": "runner",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605 - a list of strings all the same
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,9 @@
     q4s1k             4 new tokens on a sequence of 1024 (speculative decoding, chunked prefill)
     2q2k_32q1s1k      a mixed batch
 
-`count` is the number of identical requests (1 if left out), `q_len` the new tokens, `seq_len` all tokens of the sequence, the new ones
-included (`q_len` if left out: a prefill), and `k` multiplies by 1024. No torch here: a spec is checked before anything slow starts.
+`count` is the number of identical requests (1 if left out), `q_len` the new tokens, `seq_len` all tokens of the
+sequence, the new ones included (`q_len` if left out: a prefill), and `k` multiplies by 1024. No torch here: a spec is
+checked before anything slow starts.
 """
 
 import re
@@ -61,7 +62,7 @@ class BatchRequest:
 
     @property
     def kind(self) -> str:
-        """ "decode", "prefill" or "extend"; exactly one applies."""
+        """Which of "decode", "prefill" and "extend" it is: exactly one applies."""
         return "decode" if self.is_decode else "prefill" if self.is_prefill else "extend"
 
     def as_tuple(self) -> tuple[int, int]:
@@ -73,7 +74,8 @@ def parse_batch_spec(spec: str) -> list[BatchRequest]:
     """Requests of a batch spec, in order. Also reads back what `format_batch_spec` prints.
 
     Raises:
-        ValueError: the spec cannot be meant (no segment, a malformed one, `q0`, count 0, a sequence shorter than its query, more than
+        ValueError: the spec cannot be meant (no segment, a malformed one, `q0`, count 0, a sequence shorter than its
+            query, more than
             2^31 tokens); the message points at the segment and says what would be right.
     """
     if _PRINTED.match(spec):
@@ -84,7 +86,9 @@ def parse_batch_spec(spec: str) -> list[BatchRequest]:
         count, q_len, kv_len = _parse_segment(spec, number, segment)
         total += count * kv_len
         if total > MAX_TOKENS:
-            _fail(spec, number, segment, f"brings the batch to {total} tokens; at most 2^31 = {MAX_TOKENS} are possible")
+            _fail(
+                spec, number, segment, f"brings the batch to {total} tokens; at most 2^31 = {MAX_TOKENS} are possible"
+            )
         requests += [BatchRequest(q_len, kv_len)] * count
     return requests
 
@@ -112,8 +116,8 @@ def _parse_segment(spec: str, number: int, segment: str) -> tuple[int, int, int]
             spec,
             number,
             segment,
-            f"has a sequence of {s} shorter than its {q} new tokens, which it includes; for {q} tokens on a context of {s} "
-            f'write "{match["count"] or ""}q{q}s{format_size(q_len + kv_len)}"',
+            f"has a sequence of {s} shorter than its {q} new tokens, which it includes; "
+            f'for {q} tokens on a context of {s} write "{match["count"] or ""}q{q}s{format_size(q_len + kv_len)}"',
         )
     return count, q_len, kv_len
 
@@ -244,7 +248,5 @@ def get_batch_type(batch: str | Sequence[BatchRequest], spec_decode_threshold: i
     requests = parse_batch_spec(batch) if isinstance(batch, str) else batch
     if not requests:
         raise ValueError("a batch needs at least one request, got none")
-    kinds = sorted(
-        {"spec-decode" if r.is_extend and r.q_len <= spec_decode_threshold else r.kind for r in requests}
-    )
+    kinds = sorted({"spec-decode" if r.is_extend and r.q_len <= spec_decode_threshold else r.kind for r in requests})
     return kinds[0] if len(kinds) == 1 else f"mixed ({'+'.join(kinds)})"

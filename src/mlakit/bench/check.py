@@ -25,7 +25,9 @@ _LARGEST_FILE = 2**30
 
 @dataclass(frozen=True)
 class Expected:
-    """What a part's output must be: from float64 (kept in float32), and what eager PyTorch makes of it in the row's dtype."""
+    """What a part's output must be: from float64 (kept in float32), and what eager PyTorch makes of it in the row's
+    dtype.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -47,7 +49,8 @@ def check_part(run: Callable[[Any], Result], part: Part, layer: int, expected: E
     part.problem.poison()
     out, lse = run(part.layers[layer])
     if not _is_buffer(out, part.problem):
-        # The backend allocates its own output. Give the allocator poisoned memory of that size, so that `torch.empty` shows.
+        # The backend allocates its own output. Give the allocator poisoned memory of that size, so that `torch.empty`
+        # shows.
         size = out.shape
         del out, lse
         poisoned = [poison_(torch.empty(size, dtype=part.problem.dtype, device=part.problem.device)) for _ in range(4)]
@@ -107,9 +110,7 @@ def compute_expectation(problem: Problem, layer: Layer, mode: str) -> Expected:
     return Expected(exact[0].float(), exact[1].float(), eager[0])
 
 
-def _attend_all(
-    problem: Problem, layer: Layer, mode: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_all(problem: Problem, layer: Layer, mode: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every request in `dtype`: (out, lse), tokens laid end to end."""
     batch = problem.batch
     outs, lses = [], []
@@ -160,10 +161,10 @@ def _attend_mla(
     return _attend(layer.q[rows].to(dtype), k, v, problem)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One request, in pieces of queries and heads whose scores fit the budget. q [n, heads, d], k and v [keys, kv_heads, d]."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request, in pieces of queries and heads whose scores fit the budget. q [n, heads, d], k and v [keys,
+    kv_heads, d].
+    """
     tokens, heads, _ = q.shape
     kv_len, kv_heads = k.shape[:2]
     budget = _SCORE_BUDGET[q.device.type]
@@ -172,7 +173,9 @@ def _attend(
     step_h = ratio * max(1, min(heads // ratio, budget // (kv_len * min(tokens, 64) * ratio)))
     step_q = max(1, min(tokens, budget // (kv_len * step_h)))
     out = q.new_empty((tokens, heads, v.shape[-1]))
-    lse = torch.empty((tokens, heads), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+    lse = torch.empty(
+        (tokens, heads), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device
+    )
     for first in range(0, tokens, step_q):
         last = min(first + step_q, tokens)
         # A causal piece of queries, cut off after its last visible key, is itself aligned bottom-right.

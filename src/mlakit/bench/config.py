@@ -33,9 +33,10 @@ def infer_attention(model: str | None, kinds: list[frozenset[Attention]]) -> Att
 class BenchmarkConfig(BaseModel):
     """One backend on one batch with one set of settings.
 
-    Only `backend` and `batch_spec` are required. What is measured, MLA or standard attention, follows from `attention`, else from `model`, else from
-    the backend; dimensions come from the model's preset and whatever is given beside it. For MLA `head_dim` is the width of the cached
-    latent (576) and `num_kv_heads` is 1. `repeats=None` takes as many samples as half a second of timed work holds.
+    Only `backend` and `batch_spec` are required. What is measured, MLA or standard attention, follows from `attention`,
+    else from `model`, else from the backend; dimensions come from the model's preset and whatever is given beside it.
+    For MLA `head_dim` is the width of the cached latent (576) and `num_kv_heads` is 1. `repeats=None` takes as many
+    samples as half a second of timed work holds.
 
     Raises:
         ValueError: anything in it cannot be meant (pydantic's ValidationError is one).

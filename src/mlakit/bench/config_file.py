@@ -79,7 +79,9 @@ class SpecRange(BaseModel):
         given = set(self.__pydantic_extra__)
         if wanted != given:
             has = ", ".join(sorted(wanted)) or "none"
-            raise ValueError(f"template {self.template!r} has the variables {has}; given are {', '.join(sorted(given)) or 'none'}")
+            raise ValueError(
+                f"template {self.template!r} has the variables {has}; given are {', '.join(sorted(given)) or 'none'}"
+            )
         return self
 
     def specs(self) -> list[str]:
@@ -159,7 +161,9 @@ class ConfigFile(_Section):
     @model_validator(mode="before")
     @classmethod
     def _vllm_spellings(cls, data: Any) -> Any:
-        """Accept what vLLM's own configs do: benchmark settings and backends' sections at the top, `model` as a mere name."""
+        """Accept what vLLM's own configs do: benchmark settings and backends' sections at the top, `model` as a mere
+        name.
+        """
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -213,7 +217,8 @@ def packaged() -> dict[str, Path]:
 
 
 def find(name_or_path: str) -> Path:
-    """The file that `--config` means: an existing path, or a packaged config's name (also as vLLM writes it, `configs/mla_decode.yaml`).
+    """The file that `--config` means: an existing path, or a packaged config's name (also as vLLM writes it,
+    `configs/mla_decode.yaml`).
 
     Raises:
         ValueError: neither; the message gives the nearest packaged name.
@@ -233,7 +238,8 @@ def load(name_or_path: str) -> LoadedConfig:
     """Read and validate a config.
 
     Raises:
-        ValueError: no such file, no YAML, or content that cannot be meant; one line with file, line number and what would be right.
+        ValueError: no such file, no YAML, or content that cannot be meant; one line with file, line number and what
+            would be right.
     """
     path = find(name_or_path)
     shown = name_or_path if path.suffix and str(path) == name_or_path else path.name
@@ -248,7 +254,9 @@ def load(name_or_path: str) -> LoadedConfig:
         where = f":{mark.line + 1}" if mark else ""
         raise ValueError(f"{shown}{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{shown}: a config is a mapping of keys such as batch_specs and backends, got {type(data).__name__}")
+        raise ValueError(
+            f"{shown}: a config is a mapping of keys such as batch_specs and backends, got {type(data).__name__}"
+        )
     lines = _Lines(shown, node)
     content = _validate(data, lines, ())
     overrides = content.on_cpu
@@ -292,7 +300,7 @@ class _Lines:
                 self._walk(value, (*path, index))
 
     def where(self, path: Iterable[Any]) -> str:
-        """ "file:line" of a key, or of the nearest thing above it that the file holds."""
+        """File and line ("a.yaml:3") of a key, or of the nearest thing above it that the file holds."""
         parts = tuple(path)
         while parts and parts not in self._lines:
             parts = parts[:-1]
@@ -306,7 +314,11 @@ def _validate(data: dict[str, Any], lines: _Lines, prefix: tuple[str, ...]) -> C
         first, more = error.errors()[0], error.error_count() - 1
         loc = first["loc"]
         tail = f" (and {more} more)" if more else ""
-        at = lines.where((*prefix, *loc)) if prefix and lines.where((*prefix, *loc)) != lines.where(prefix) else lines.where(loc)
+        at = (
+            lines.where((*prefix, *loc))
+            if prefix and lines.where((*prefix, *loc)) != lines.where(prefix)
+            else lines.where(loc)
+        )
         raise ValueError(f"{at}: {_explain(first)}{tail}") from None
 
 

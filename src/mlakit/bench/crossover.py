@@ -10,8 +10,8 @@ from mlakit.bench.results import BenchmarkResult
 class Crossover:
     """What one backend's rows say for one batch size and sequence length.
 
-    `threshold` is the largest measured q_len up to which decode was never slower than prefill (0: prefill already wins at the smallest).
-    `next_q_len` is the smallest one at which prefill was faster, None if decode won throughout.
+    `threshold` is the largest measured q_len up to which decode was never slower than prefill (0: prefill already wins
+    at the smallest). `next_q_len` is the smallest one at which prefill was faster, None if decode won throughout.
     """
 
     backend: str

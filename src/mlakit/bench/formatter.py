@@ -38,7 +38,9 @@ class ResultsFormatter:
         print_table(self.console, rows, relative=compare_to_fastest, title=title)
 
     def save_csv(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-        """Write one line a row, all figures that are single numbers, in SI units; an existing file is replaced in one step."""
+        """Write one line a row, all figures that are single numbers, in SI units; an existing file is replaced in one
+        step.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         lines = [_flat(row) for row in results]
@@ -48,7 +50,9 @@ class ResultsFormatter:
         write_atomically(Path(path), text.getvalue())
 
     def save_json(self, results: Sequence[BenchmarkResult], path: str | Path, record: Record | None = None) -> None:
-        """Write the rows with the record they belong to (environment, ceilings), or alone, as a list, if it is not at hand."""
+        """Write the rows with the record they belong to (environment, ceilings), or alone, as a list, if it is not at
+        hand.
+        """
         if record is not None:
             record.model_copy(update={"rows": list(results)}).save(Path(path))
         else:
@@ -56,9 +60,10 @@ class ResultsFormatter:
 
 
 _CSV_COLUMNS = (
-    "backend", "label", "batch_spec", "status", "median_time", "mean_time", "std_time", "min_time", "max_time", "ci95_low", "ci95_high",
-    "samples", "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
-    "memory_allocated_mb", "memory_reserved_mb", "memory_temporary_mb", "max_error", "rms_error", "sm_clock", "backend_version", "error",
+    "backend", "label", "batch_spec", "status", "median_time", "mean_time", "std_time", "min_time", "max_time",
+    "ci95_low", "ci95_high", "samples", "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
+    "memory_allocated_mb", "memory_reserved_mb", "memory_temporary_mb", "max_error", "rms_error", "sm_clock",
+    "backend_version", "error",
 )  # fmt: skip
 _SHOWN_FIRST = {"backend", "label", "batch_spec", "parameters"}
 

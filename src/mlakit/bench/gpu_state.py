@@ -22,9 +22,11 @@ _THROTTLE_REASONS = {
 
 
 class GpuMonitor:
-    """Samples a GPU in the background while its `with` block runs: median clocks, highest power and temperature, all throttle reasons.
+    """Samples a GPU in the background while its `with` block runs: median clocks, highest power and temperature, all
+    throttle reasons.
 
-    On a CPU, and where NVML is missing or refuses, `state` is None or has None in its fields: a measurement does not fail for want of it.
+    On a CPU, and where NVML is missing or refuses, `state` is None or has None in its fields: a measurement does not
+    fail for want of it.
     """
 
     def __init__(self, info: DeviceInfo) -> None:

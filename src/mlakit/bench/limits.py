@@ -13,8 +13,8 @@ from mlakit.hardware import device_info
 class Ceilings:
     """Measured rates of a device: medians, on random data.
 
-    `copy_bytes_per_s` counts bytes read and written, `read_bytes_per_s` a reduction's bytes, `flops_per_s` a large matrix product's
-    operations in `dtype`.
+    `copy_bytes_per_s` counts bytes read and written, `read_bytes_per_s` a reduction's bytes, `flops_per_s` a large
+    matrix product's operations in `dtype`.
     """
 
     device: str
@@ -42,14 +42,14 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype = torch.bflo
     """
     device = torch.device(device)
     info = device_info(device)
-    # Several times the cache, so that it is memory that is measured; the GPU's product is large enough to fill every unit.
+    # Several times the cache, so that it is memory that is measured; the GPU's product is large enough to fill every
+    # unit.
     count = (2**30 if info.is_cuda else max(2**28, 3 * info.cache_bytes)) // 4
     size = 8192 if info.is_cuda else 1536
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
     copy = time_calls([lambda: target.copy_(source)], device, l2="hot", budget=0.2)
     read = time_calls([lambda: source.sum()], device, l2="hot", budget=0.2)
-    del target
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty(size, size, device=device, dtype=dtype)

@@ -29,8 +29,8 @@ from mlakit.hardware import DeviceInfo, device_info
 
 # The fields of a config that decide what the tensors hold: backends that share them share the expected output.
 _WORKLOAD_FIELDS = (
-    "batch_spec", "attention", "num_q_heads", "num_kv_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-    "v_head_dim", "num_layers", "block_size", "dtype", "device", "scope", "seed",
+    "batch_spec", "attention", "num_q_heads", "num_kv_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "num_layers", "block_size", "dtype", "device", "scope", "seed",
 )  # fmt: skip
 _GIB = 2**30
 
@@ -67,16 +67,22 @@ class _Job:
         return "standard" if name == "all" else self.backend.mode(name)
 
     def check(self) -> CheckRow | None:
-        """Every part, on its first layer and its last: a backend that holds on to the first one's tensors is right on that alone."""
-        verdicts = []
-        for part, run in zip(self.parts, self.runs, strict=True):
-            for layer in sorted({0, self.config.num_layers - 1}):
-                verdicts.append(check_part(run, part, layer, self.expected(part, layer)))
+        """Every part, on its first layer and its last: a backend that holds on to the first one's tensors is right on
+        that alone.
+        """
+        layers = sorted({0, self.config.num_layers - 1})
+        verdicts = [
+            check_part(run, part, layer, self.expected(part, layer))
+            for part, run in zip(self.parts, self.runs, strict=True)
+            for layer in layers
+        ]
         _require_right(verdicts, "")
         return _check_row(verdicts)
 
     def check_again(self, call: Callable[[], list[Result]]) -> None:
-        """The timed callable itself, after timing: a graph that replays something else, or state that wears out, shows here."""
+        """The timed callable itself, after timing: a graph that replays something else, or state that wears out, shows
+        here.
+        """
         for part in self.parts:
             part.problem.poison()
         pairs = zip(self.parts, call(), strict=True)
@@ -144,7 +150,7 @@ def _measure(
     if config.check:
         stage("checking")
         row["check"] = job.check()
-    calls = [partial(job.run_layer, layer) for layer in range(config.num_layers)]
+    calls: list[Callable[[], list[Result]]] = [partial(job.run_layer, layer) for layer in range(config.num_layers)]
     if config.cuda_graph:
         stage("capturing")
         calls = [_replay(call) for call in calls]

@@ -13,7 +13,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a new allocation can have: free on a GPU, available on a CPU (where the system tells; else unlimited)."""
+    """Memory that a new allocation can have: free on a GPU, available on a CPU (where the system tells; else
+    unlimited).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -27,8 +29,9 @@ def available_bytes(device: torch.device) -> int:
 def measure_peak(call: Callable[[], object], device: torch.device) -> dict[str, float | None]:
     """Peak memory while one call runs, in MiB.
 
-    `memory_allocated_mb` is the peak with the workload, `memory_temporary_mb` what the call took on top of what was there before,
-    `memory_reserved_mb` what the allocator held. On a CPU the peak of the resident set is what is read, and nothing is reserved.
+    `memory_allocated_mb` is the peak with the workload, `memory_temporary_mb` what the call took on top of what was
+    there before, `memory_reserved_mb` what the allocator held. On a CPU the peak of the resident set is what is read,
+    and nothing is reserved.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -56,7 +59,8 @@ def _cpu_peak(call: Callable[[], object]) -> tuple[int, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, the one system that comes here
         return peak, peak
     gc.collect()
-    # Memory that earlier calls freed stays in the resident set unless malloc gives it back; it would hide this call's own.
+    # Memory that earlier calls freed stays in the resident set unless malloc gives it back; it would hide this call's
+    # own.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -12,8 +12,8 @@ from mlakit.dims import nearest
 
 # Sizes that a sweep may vary beside the backends' own parameters.
 MODEL_PARAMETERS = (
-    "num_q_heads", "num_kv_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_layers",
-    "block_size",
+    "num_q_heads", "num_kv_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "num_layers", "block_size",
 )  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"device": AUTO, "dtype": AUTO, "l2": "cold"}
 # Every GPU from Ampere on computes bf16 fastest; most CPUs have no units for it and compute float32 faster.
@@ -53,12 +53,13 @@ def settings_for(loaded: LoadedConfig | None, flags: dict[str, Any], *, cpu: boo
     base = loaded.content
     if cpu and loaded.cpu_changes:
         base = loaded.on_cpu
-        notes.append(f"on a CPU {loaded.name} runs smaller: its on_cpu section replaces {', '.join(loaded.cpu_changes)}")
+        notes.append(
+            f"on a CPU {loaded.name} runs smaller: its on_cpu section replaces {', '.join(loaded.cpu_changes)}"
+        )
     content = base.model_dump(exclude_unset=True, by_alias=True)
     if "batch_specs" in flags:
-        for key in ("batch_spec_ranges", "batch_sizes"):
-            if content.pop(key, None):
-                notes.append(f"--batch-specs replaces {key} of {loaded.name}")
+        replaced = [key for key in ("batch_spec_ranges", "batch_sizes") if content.pop(key, None)]
+        notes += [f"--batch-specs replaces {key} of {loaded.name}" for key in replaced]
     if "backends" in flags and content.pop("backend", None):
         notes.append(f"--backends replaces backend of {loaded.name}")
     for key, value in flags.items():
@@ -93,14 +94,16 @@ def attention_of(content: ConfigFile, backends: Sequence[str]) -> Attention:
         return content.benchmark.attention
     model = content.model
     if model.name is None and any(
-        getattr(model, name) is not None for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        getattr(model, name) is not None
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     ):
         return "mla"
     return infer_attention(model.name, [registry.attention_kinds(name) for name in backends])
 
 
 def make_plan(settings: Settings, device: str) -> Plan:
-    """The rows of a run on a device ("cpu" or "cuda:0"), batch by batch so that what is compared is measured close together.
+    """The rows of a run on a device ("cpu" or "cuda:0"), batch by batch so that what is compared is measured close
+    together.
 
     Raises:
         ValueError: nothing to measure, an unknown parameter, or sizes that contradict each other.
@@ -157,7 +160,8 @@ def _sweep_points(
 ) -> tuple[list[Any], list[Any]]:
     if model_sweep is not None and model_sweep.param_name not in MODEL_PARAMETERS:
         raise ValueError(
-            f"model_parameter_sweep of unknown {model_sweep.param_name!r}; {nearest(model_sweep.param_name, MODEL_PARAMETERS)}"
+            f"model_parameter_sweep of unknown {model_sweep.param_name!r}; "
+            f"{nearest(model_sweep.param_name, MODEL_PARAMETERS)}"
         )
     if sweep is not None and sweep.param_name not in MODEL_PARAMETERS:
         declared = {name for own in parameters.values() for name in own}
@@ -218,7 +222,9 @@ def _expand_row(row: dict[str, Any], labels: list[str], content: ConfigFile, spe
         title = f"{label or row['backend']} hot" if row["l2"] == "both" and l2 == "hot" else label
         if content.mode == "decode_vs_prefill":
             if row["attention"] != "mla":
-                raise ValueError("mode decode_vs_prefill compares MLA's two pipelines; what is measured is standard attention")
+                raise ValueError(
+                    "mode decode_vs_prefill compares MLA's two pipelines; what is measured is standard attention"
+                )
             for pipeline in ("decode", "prefill"):
                 shown = f"{title or row['backend']}_{pipeline}"
                 # The two pipelines start from the same query and cache only when their projections count.

@@ -1,5 +1,6 @@
 """The runner's side of a worker process: requests out, events in, a limit on patience. No torch here."""
 
+import contextlib
 import json
 import os
 import queue
@@ -32,7 +33,7 @@ class Worker:
     """One worker process. Not thread-safe; `close` (or `with`) ends it."""
 
     def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process; close() closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlakit.bench.worker"],
             stdin=subprocess.PIPE,
@@ -97,17 +98,13 @@ class Worker:
     def close(self) -> None:
         """End the process and everything it started."""
         if self.alive:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            try:
+            with contextlib.suppress(BrokenPipeError):  # what could not be written to a process that is gone
                 if stream is not None:
                     stream.close()
-            except BrokenPipeError:  # what could not be written to a process that is gone
-                pass
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlakit.bench.config import BenchmarkConfig
 
-SCHEMA = "mlakit.bench/1"
+SCHEMA: Literal["mlakit.bench/1"] = "mlakit.bench/1"
 
 Status = Literal[
     "ok", "wrong", "unwritten", "unavailable", "unsupported", "out_of_memory", "timeout", "crashed", "error"
@@ -146,7 +146,9 @@ class BenchmarkResult(_Model):
 
 
 class Session(_Model):
-    """One sitting: the machine and software that rows with this session's number were measured on, and its ceilings by dtype."""
+    """One sitting: the machine and software that rows with this session's number were measured on, and its ceilings by
+    dtype.
+    """
 
     started: str
     command: list[str] = []
@@ -155,7 +157,7 @@ class Session(_Model):
 
 
 class Record(_Model):
-    """A run: what was asked, where it ran, and every row so far. `complete` tells whether all planned rows are there."""
+    """A run: what was asked, where it ran, every row so far. `complete` tells whether all planned rows are there."""
 
     record_schema: Literal["mlakit.bench/1"] = SCHEMA
     name: str
@@ -167,7 +169,9 @@ class Record(_Model):
     rows: list[BenchmarkResult] = []
 
     def save(self, path: Path) -> None:
-        """Write the file in one step: a reader, or a kill at any moment, finds the old or the new one, never half of either."""
+        """Write the file in one step: a reader, or a kill at any moment, finds the old or the new one, never half of
+        either.
+        """
         content = self.model_dump(mode="json")
         content["rows"] = [row.to_dict() for row in self.rows]
         write_atomically(path, json.dumps(content, indent=1) + "\n")

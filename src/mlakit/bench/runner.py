@@ -1,11 +1,10 @@
-"""Runs a plan: a worker process a backend, results kept as they come, only what is missing on a resume. No torch here."""
+"""Runs a plan: a worker process a backend, results kept as they come, on a resume only what is missing. No torch."""
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from mlakit.backends import registry
@@ -13,7 +12,8 @@ from mlakit.bench.config import BenchmarkConfig
 from mlakit.bench.process import Worker, WorkerDiedError, WorkerRefusedError, WorkerTimeoutError
 from mlakit.bench.results import BenchmarkResult, Record, Session
 
-# Starting Python, importing torch, opening a GPU and measuring its ceilings: slow on a busy machine, and no row's fault.
+# Starting Python, importing torch, opening a GPU and measuring its ceilings: slow on a busy machine, and no row's
+# fault.
 _PROBE_TIMEOUT = 300.0
 
 
@@ -57,13 +57,16 @@ def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], list
 
 
 def list_backends(device: str) -> tuple[str, list[dict[str, Any]]]:
-    """The device's name, and for each backend that can be loaded: name, kind, hardware, parameters, and version or reason.
+    """The device's name, and for each backend that can be loaded: name, kind, hardware, parameters, and version or
+    reason.
 
     Raises:
         ValueError: there is no such device.
     """
     with Worker() as worker:
-        found = worker.request({"command": "backends", "device": device, "names": registry.names()}, timeout=_PROBE_TIMEOUT)
+        found = worker.request(
+            {"command": "backends", "device": device, "names": registry.names()}, timeout=_PROBE_TIMEOUT
+        )
     return found["device"], found["rows"]
 
 
@@ -71,8 +74,8 @@ def list_backends(device: str) -> tuple[str, list[dict[str, Any]]]:
 class Run:
     """A plan, where its record goes, and what is already in it.
 
-    `record` may hold rows from an earlier sitting; those are not run again. It is saved after every row, through `save`, so that whatever
-    ends the run leaves all that was measured.
+    `record` may hold rows from an earlier sitting; those are not run again. It is saved after every row, through
+    `save`, so that whatever ends the run leaves all that was measured.
     """
 
     plan: Sequence[BenchmarkConfig]
@@ -143,8 +146,9 @@ def new_session(device: Device, command: Sequence[str] | None = None) -> Session
 def run_mla_benchmark(backend: str, config: BenchmarkConfig, **overrides: Any) -> BenchmarkResult:
     """Measure one backend on one batch, in a worker process, and return the row.
 
-    `backend` and `overrides` replace what `config` says; an override that is none of its fields is one of the backend's parameters
-    (`num_kv_splits=4`). A row that came to nothing has `success` False and `error` set; no exception is raised for it.
+    `backend` and `overrides` replace what `config` says; an override that is none of its fields is one of the backend's
+    parameters (`num_kv_splits=4`). A row that came to nothing has `success` False and `error` set; no exception is
+    raised for it.
 
     Raises:
         ValueError: an override that cannot be meant, or no such device.

@@ -116,8 +116,12 @@ def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
     return [c for c in columns if any(c.cell(row, batch) for batch in batches for row in batch.rows)]
 
 
-def print_table(console: Console, rows: Sequence[BenchmarkResult], *, relative: bool = True, title: str | None = None) -> None:
-    """Print rows grouped by batch, the fastest of each in bold, and below it the full reason of each row without a time."""
+def print_table(
+    console: Console, rows: Sequence[BenchmarkResult], *, relative: bool = True, title: str | None = None
+) -> None:
+    """Print rows grouped by batch, the fastest of each in bold, and below it the full reason of each row without a
+    time.
+    """
     batches = [_Batch(group) for group in group_rows(rows)]
     columns = _columns(rows, relative)
     cells = [[[column.cell(row, batch) for column in columns] for row in batch.rows] for batch in batches]

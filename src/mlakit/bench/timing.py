@@ -88,8 +88,10 @@ def time_calls(
     Args:
         calls: taken in turn. Each does the whole job as a caller would: every kernel, the combine included.
         device: where they run: CUDA events around each sample on a GPU, a monotonic clock on a CPU.
-        l2: "cold": the L2 of a GPU, or the last-level cache of a CPU, is flushed before each sample. "hot": the same call has just run.
-        repeats: passes over all calls; None takes as many samples as fit in `budget`, at least 20 on a GPU and 5 on a CPU.
+        l2: "cold": the L2 of a GPU, or the last-level cache of a CPU, is flushed before each sample. "hot": the same
+            call has just run.
+        repeats: passes over all calls; None takes as many samples as fit in `budget`, at least 20 on a GPU and 5 on a
+            CPU.
         warmup: untimed calls first, in turn; each call runs at least once if it is more than their number.
         cuda_graph: capture each call in a CUDA graph and time its replay.
         budget: seconds of timed work when `repeats` is None.
@@ -176,6 +178,7 @@ class _CpuClock:
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    # Twice the cache at least: writing just its size leaves part of the old lines in place under any but true LRU replacement.
+    # Twice the cache at least: writing just its size leaves part of the old lines in place under any but true LRU
+    # replacement.
     size = max(2 * device_info(device).cache_bytes, 2**28 if device.type == "cuda" else 0)
     return torch.zeros(size // 4, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 """The least work a batch asks for: floating-point operations and bytes, counted from its definition. No torch here.
 
-A row's limit must not depend on the backend, so a job that MLA can do in two modes counts as the cheaper one. Causal scores that nobody needs
-are not counted.
+A row's limit must not depend on the backend, so a job that MLA can do in two modes counts as the cheaper one. Causal
+scores that nobody needs are not counted.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ def mla_candidates(
     pipeline: Literal["decode", "prefill"],
     scope: Literal["attention", "pipeline"],
 ) -> dict[str, Work]:
-    """The work of one pipeline's requests in either mode: {"mqa": ..., "mha": ...}; see `backends.problem.MLAProblem` for the scopes."""
+    """The work of one pipeline's requests in either mode: {"mqa": ..., "mha": ...}; see `backends.problem.MLAProblem`
+    for the scopes.
+    """
     tokens, keys, pairs = sum(r.q_len for r in requests), sum(r.kv_len for r in requests), visible_pairs(requests)
     heads, rank, nope, value = dims.num_heads, dims.kv_lora_rank, dims.qk_nope_head_dim, dims.v_head_dim
     cache = keys * dims.latent_dim

@@ -1,7 +1,8 @@
 """A process that measures for the runner, so that a crash, a hang or an illegal address costs one row and not the run.
 
-It reads one JSON request a line from standard input and writes JSON events to what was its standard output; whatever backends print goes to
-standard error. It ends when its input does, or when it finds itself unfit to go on (after a CUDA error, say).
+It reads one JSON request a line from standard input and writes JSON events to what was its standard output; whatever
+backends print goes to standard error. It ends when its input does, or when it finds itself unfit to go on (after a CUDA
+error, say).
 """
 
 import contextlib
@@ -135,11 +136,15 @@ def _short(error: BaseException) -> str:
 
 def _spoils_the_process(error: BaseException) -> bool:
     # After an illegal address every later CUDA call of the process fails with the same error.
-    return any(word in str(error) for word in ("CUDA error", "device-side assert", "illegal memory access", "Triton Error"))
+    return any(
+        word in str(error) for word in ("CUDA error", "device-side assert", "illegal memory access", "Triton Error")
+    )
 
 
 def _die_with_parent() -> None:
-    """Be killed if the runner is, and be the first to go if memory runs out. Linux only; elsewhere the end of the input has to do."""
+    """Be killed if the runner is, and be the first to go if memory runs out. Linux only; elsewhere the end of the input
+    has to do.
+    """
     if sys.platform != "linux":
         return
     parent = os.getppid()

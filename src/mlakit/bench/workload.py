@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from mlakit.backends.problem import MLALayer, MLAProblem, Problem, Ragged, StandardLayer, StandardProblem
 from mlakit.backends.pipeline import absorb_query, expand, gather
+from mlakit.backends.problem import MLALayer, MLAProblem, Problem, Ragged, StandardLayer, StandardProblem
 from mlakit.bench.batch_spec import BatchRequest
 from mlakit.bench.config import BenchmarkConfig
 from mlakit.dims import MLADims, StandardDims
@@ -28,13 +28,14 @@ class Part:
 
 
 def split_requests(config: BenchmarkConfig, default_threshold: int) -> dict[PartName, list[BatchRequest]]:
-    """Requests by pipeline, order kept; a pipeline without requests is left out. Standard attention has the one pipeline "all"."""
+    """Requests by pipeline, order kept; a pipeline without requests is left out. Standard attention has the one
+    pipeline "all".
+    """
     requests = config.requests()
     if config.attention == "standard":
         return {"all": requests}
-    threshold = config.reorder_batch_threshold
-    if threshold == "auto":
-        threshold = default_threshold
+    given = config.reorder_batch_threshold
+    threshold = default_threshold if given == "auto" else given
     if config.pipeline == "decode":
         threshold = max(r.q_len for r in requests)
     elif config.pipeline == "prefill":
@@ -74,17 +75,19 @@ def build(config: BenchmarkConfig, parts: dict[PartName, list[BatchRequest]], de
     dtype = DTYPES[config.dtype]
     dims = config.dims()
     weights = [_weights(dims, dtype, generator) for _ in range(config.num_layers)] if isinstance(dims, MLADims) else []
-    built = []
+    built: list[Part] = []
     for name, requests in parts.items():
         batch, table = _ragged(requests, config.block_size, device, generator)
-        common = {"batch": batch, "dtype": dtype, "device": device, "softmax_scale": dims.softmax_scale}
-        if isinstance(dims, StandardDims):
-            problem: Problem = StandardProblem(**common, dims=dims)
-            layers: list[Layer] = [_standard_layer(problem, dims, table, generator) for _ in range(config.num_layers)]
+        common = (batch, dtype, device, dims.softmax_scale)
+        if name == "all":
+            assert isinstance(dims, StandardDims)
+            standard = StandardProblem(*common, dims=dims)
+            caches = [_standard_layer(standard, table, generator) for _ in range(config.num_layers)]
+            built.append(Part(name, standard, caches))
         else:
-            problem = MLAProblem(**common, dims=dims, pipeline=name, scope=config.scope)
-            layers = [_mla_layer(problem, table, *w, generator) for w in weights]
-        built.append(Part(name, problem, layers))
+            assert isinstance(dims, MLADims)
+            mla = MLAProblem(*common, dims=dims, pipeline=name, scope=config.scope)
+            built.append(Part(name, mla, [_mla_layer(mla, table, *w, generator) for w in weights]))
     return built
 
 
@@ -111,9 +114,7 @@ def _cumulative(lens: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lens], device=device).cumsum(0).to(torch.int32)
 
 
-def _weights(
-    dims: MLADims, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(dims: MLADims, dtype: torch.dtype, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     # 1/sqrt(kv_lora_rank) keeps expanded keys and values at unit variance, as a trained model's are about.
     shape_k = (dims.num_heads, dims.qk_nope_head_dim, dims.kv_lora_rank)
     shape_v = (dims.num_heads, dims.kv_lora_rank, dims.v_head_dim)
@@ -134,10 +135,8 @@ def _mla_layer(
     return layer
 
 
-def _standard_layer(
-    problem: Problem, dims: StandardDims, table: PageTable, generator: torch.Generator
-) -> StandardLayer:
-    batch = problem.batch
+def _standard_layer(problem: StandardProblem, table: PageTable, generator: torch.Generator) -> StandardLayer:
+    dims, batch = problem.dims, problem.batch
     q = _randn((batch.tokens, dims.num_q_heads, dims.head_dim), problem.dtype, generator)
     shape = (dims.num_kv_heads, dims.head_dim)
     k = random_pages(table, shape, dtype=problem.dtype, generator=generator, loud=batch.q_lens)

@@ -1,1 +1,1 @@
-"""The `mlakit` command: one small module a subcommand, and no logic. Nothing slow is imported until a subcommand runs."""
+"""The `mlakit` command: one small module a subcommand, and no logic. Nothing slow is imported before one runs."""

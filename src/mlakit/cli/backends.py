@@ -9,7 +9,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "backends",
         help="list backends: available, or the reason why not",
-        description="List every backend with its kind, hardware, version, and whether it can run on a device, or the reason why not.",
+        description="List every backend: its kind, hardware and version, or the reason why it cannot run on a device.",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cuda:0, cpu or auto (default)")
@@ -28,13 +28,21 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     console = make_console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=f"backends on {device}", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=f"backends on {device}", title_justify="left"
+    )
     for title in ("name", "kind", "hardware", "available", "parameters"):
         table.add_column(title, overflow="fold", no_wrap=title == "name")
     for row in rows:
         found = Text(row["version"], style="green") if row["version"] else Text(f"no: {row['reason']}", style="yellow")
         table.add_row(row["name"], row["kind"], row["hardware"], found, ", ".join(row.get("parameters", {})))
     for name, kinds in registry.WITHOUT_ADAPTER.items():
-        table.add_row(name, " and ".join(sorted(kinds)), "", Text("no: mlakit has no adapter for it in this version", style="yellow"), "")
+        table.add_row(
+            name,
+            " and ".join(sorted(kinds)),
+            "",
+            Text("no: mlakit has no adapter for it in this version", style="yellow"),
+            "",
+        )
     console.print(table)
     return 0

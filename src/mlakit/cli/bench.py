@@ -15,10 +15,12 @@ examples:
   mlakit bench --config quickstart
   mlakit bench --backends torch_absorb sdpa --batch-specs 64q1s1k 64q1s4k --output-csv mla.csv
   mlakit bench --model llama-3-8b --batch-specs q2k 8q1s1k 2q2k_32q1s1k
-  mlakit bench --backend sdpa --batch-specs q4s1k q8s2k --model deepseek-v3 --sweep-param reorder_batch_threshold --sweep-values 1 4 16
+  mlakit bench --model deepseek-v3 --backend sdpa --batch-specs q4s1k q8s2k \\
+      --sweep-param reorder_batch_threshold --sweep-values 1 4 16
 
-Times are per layer. A result is compared with float64 before it is timed; a backend that is wrong, crashes, hangs or runs out of memory
-costs its own row. exit code: 0, or 1 if nothing succeeded, 2 for bad input, 130 if interrupted (go on with --resume).
+Times are per layer. A result is compared with float64 before it is timed; a backend that is wrong, crashes, hangs
+or runs out of memory costs its own row.
+exit code: 0, or 1 if nothing succeeded, 2 for bad input, 130 if interrupted (go on with --resume)
 """
 
 
@@ -27,50 +29,93 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure attention backends on batches",
-        description="Measure attention backends, MLA or standard, on batches: check each result, time it, and compare it with the device's limit.",
+        description="Measure attention backends, MLA or standard, on batches: check each result, time it, compare it "
+        "with the device's limit.",
         epilog=_GRAMMAR,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--config", metavar="NAME|FILE", help="a packaged config (mlakit configs) or a YAML file; flags beside it win over it")
-    what.add_argument("--backends", nargs="+", metavar="BACKEND", help="backends to compare (mlakit backends), or module:Class of your own")
+    what.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help="a packaged config (mlakit configs) or a YAML file; flags beside it win over it",
+    )
+    what.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="BACKEND",
+        help="backends to compare (mlakit backends), or module:Class of your own",
+    )
     what.add_argument("--backend", metavar="BACKEND", help="a single backend")
     what.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="batches; the grammar is below")
-    what.add_argument("--attention", choices=["mla", "standard"], help="what is measured (default: as the model says, else the backends)")
+    what.add_argument(
+        "--attention",
+        choices=["mla", "standard"],
+        help="what is measured (default: as the model says, else the backends)",
+    )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PRESET", help="dimensions by name: deepseek-v3, deepseek-v2-lite, kimi-k2, glm-5, llama-3-8b, ...")
+    model.add_argument(
+        "--model",
+        metavar="PRESET",
+        help="dimensions by name: deepseek-v3, deepseek-v2-lite, kimi-k2, glm-5, llama-3-8b, ...",
+    )
     model.add_argument("--num-layers", type=int, metavar="N", help="layers, each with a cache of its own (default: 4)")
     model.add_argument("--head-dim", type=int, metavar="N", help="head dimension; for MLA the latent's width")
     model.add_argument("--num-q-heads", type=int, metavar="N", help="query heads")
     model.add_argument("--num-kv-heads", type=int, metavar="N", help="KV heads; for MLA 1")
-    model.add_argument("--block-size", type=int, metavar="N", help="tokens in a page of the cache, a power of two (default: 64)")
-    model.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "auto"], help="default: bf16 on a GPU, fp32 on a CPU")
+    model.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens in a page of the cache, a power of two (default: 64)"
+    )
+    model.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32", "auto"], help="default: bf16 on a GPU, fp32 on a CPU"
+    )
 
     how = parser.add_argument_group("how to measure")
     how.add_argument("--device", metavar="DEVICE", help="cuda:0, cpu, or auto: cuda:0 if there is one (default: auto)")
-    how.add_argument("--repeats", type=int, metavar="N", help="passes over the layers (default: as many as half a second holds)")
-    how.add_argument("--warmup-iters", type=int, metavar="N", help="untimed calls first (default: 3)")
-    how.add_argument("--l2", choices=["cold", "hot", "both"], help="flush the cache before each call, or run from it (default: cold)")
-    how.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help="time the replay of a CUDA graph")
     how.add_argument(
-        "--scope", choices=["attention", "pipeline"], help="attention alone, or with the projections that tell MQA from MHA mode apart"
+        "--repeats", type=int, metavar="N", help="passes over the layers (default: as many as half a second holds)"
     )
-    how.add_argument("--profile-memory", action=argparse.BooleanOptionalAction, default=None, help="measure peak memory too")
-    how.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help="compare with float64 before timing (default: yes)")
+    how.add_argument("--warmup-iters", type=int, metavar="N", help="untimed calls first (default: 3)")
+    how.add_argument(
+        "--l2", choices=["cold", "hot", "both"], help="flush the cache before each call, or run from it (default: cold)"
+    )
+    how.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help="time the replay of a CUDA graph"
+    )
+    how.add_argument(
+        "--scope",
+        choices=["attention", "pipeline"],
+        help="attention alone, or with the projections that tell MQA from MHA mode apart",
+    )
+    how.add_argument(
+        "--profile-memory", action=argparse.BooleanOptionalAction, default=None, help="measure peak memory too"
+    )
+    how.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare with float64 before timing (default: yes)",
+    )
     how.add_argument("--timeout", type=float, metavar="SECONDS", help="patience for one row (default: 300)")
     how.add_argument("--seed", type=int, metavar="N", help="seed of the random data (default: 0)")
 
     sweep = parser.add_argument_group("parameter sweeps")
-    sweep.add_argument("--sweep-param", metavar="PARAM", help="a backend's parameter (reorder_batch_threshold) or a size (num_q_heads)")
+    sweep.add_argument(
+        "--sweep-param", metavar="PARAM", help="a backend's parameter (reorder_batch_threshold) or a size (num_q_heads)"
+    )
     sweep.add_argument("--sweep-values", nargs="+", metavar="VALUE", help="its values, whole numbers or auto")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output-csv", metavar="FILE", help="save the rows as CSV")
     output.add_argument("--output-json", metavar="FILE", help="save the whole record as JSON")
     output.add_argument("--output-plot", metavar="FILE", help="save a plot as PNG")
-    output.add_argument("--resume", action="store_true", help="go on with the record that an interrupted run left: only missing rows run")
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the record that an interrupted run left: only missing rows run",
+    )
     output.add_argument("--quiet", action="store_true", help="no progress; the table and errors only")
     parser.set_defaults(run=run)
 
@@ -87,12 +132,15 @@ def flags(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--sweep-param and --sweep-values go together")
     model = ("num_layers", "head_dim", "num_q_heads", "num_kv_heads", "block_size")
     how = (
-        "device", "repeats", "warmup_iters", "l2", "cuda_graph", "scope", "profile_memory", "check", "timeout", "seed", "dtype", "attention",
+        "device", "repeats", "warmup_iters", "l2", "cuda_graph", "scope", "profile_memory", "check", "timeout", "seed",
+        "dtype", "attention",
     )  # fmt: skip
     sections: dict[str, Any] = {
         "model": {**({"name": args.model} if args.model else {}), **_given(args, model)},
         "benchmark": _given(args, how),
-        "output": {k: v for k, v in (("csv", args.output_csv), ("json", args.output_json), ("plot", args.output_plot)) if v},
+        "output": {
+            k: v for k, v in (("csv", args.output_csv), ("json", args.output_json), ("plot", args.output_plot)) if v
+        },
         "batch_specs": args.batch_specs,
         "backends": [args.backend] if args.backend else args.backends,
     }

@@ -53,7 +53,9 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
         except KeyboardInterrupt:
             done = len(plan.rows) - len(run.missing())
             again = " ".join(["mlakit", *command] + ([] if resume else ["--resume"]))
-            progress.say(f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}")
+            progress.say(
+                f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}"
+            )
             raise
     return _show(record, plan, paths, err if not quiet else None)
 
@@ -61,7 +63,10 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
 def _probe(wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress) -> Device:
     """The device, with ceilings for every dtype that the plan will name on it."""
     names = [wanted] if wanted != "auto" else ["cpu", "cuda:0"]
-    dtypes = {name: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=name == "cpu"), name).rows} for name in names}
+    dtypes = {
+        name: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=name == "cpu"), name).rows}
+        for name in names
+    }
     return probe(wanted, {name: sorted(found) for name, found in dtypes.items()}, progress)
 
 
@@ -92,16 +97,23 @@ def _open_record(plan: Plan, device: Device, paths: _Paths, resume: bool, comman
             record = Record.load(paths.json)
             before, now = record.sessions[-1].environment["device"]["name"], device.environment["device"]["name"]
             if before != now:
-                raise ValueError(f"{paths.json} was measured on {before}, and this is {now}: times would not compare; start a new record")
+                raise ValueError(
+                    f"{paths.json} was measured on {before}, and this is {now}: times would not compare; "
+                    f"start a new record"
+                )
             record.sessions.append(session)
             record.planned = len({row.key for row in plan.rows} | {row.config.key for row in record.rows})
             return record
-        paths.json.replace(paths.json.with_name(paths.json.name + ".bak"))  # an earlier measurement is never lost at once
+        paths.json.replace(
+            paths.json.with_name(paths.json.name + ".bak")
+        )  # an earlier measurement is never lost at once
     elif resume and plan.output.get("json"):
         raise ValueError(f"nothing to resume: {paths.json} does not exist")
     elif resume:
         raise ValueError(f"nothing to resume: no record of {plan.name!r} in {RUNS}/")
-    return Record(name=plan.name, description=plan.description, mode=plan.mode, planned=len(plan.rows), sessions=[session])
+    return Record(
+        name=plan.name, description=plan.description, mode=plan.mode, planned=len(plan.rows), sessions=[session]
+    )
 
 
 def _save(record: Record, paths: _Paths) -> None:

@@ -9,7 +9,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "configs",
         help="list the packaged configs",
-        description="List the configs that --config takes by name. Copy one with: mlakit configs --show NAME > mine.yaml",
+        description="List the configs that --config takes by name. To copy one: mlakit configs --show NAME > mine.yaml",
         allow_abbrev=False,
     )
     parser.add_argument("--show", metavar="NAME", help="print one config's YAML")

@@ -9,7 +9,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "env",
         help="show device, driver and library versions",
-        description="Show what a measurement here depends on: device, driver, libraries, commit. For bug reports, paste all of it.",
+        description="Show what a measurement here depends on: device, driver, libraries, commit.",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cuda:0, cpu or auto (default)")

@@ -9,11 +9,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "limits",
         help="measure this device's ceilings",
-        description="Measure the ceilings that rows are compared with: copy and read bandwidth, and the matrix product's rate.",
+        description="Measure the ceilings that rows are compared with: copy and read bandwidth, matrix product rate.",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cuda:0, cpu or auto (default)")
-    parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp16", "fp32"], default=["bf16", "fp32"], help="dtypes of the product")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["bf16", "fp16", "fp32"], default=["bf16", "fp32"], help="dtypes of the product"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and operations a second")
     parser.set_defaults(run=run)
 

@@ -32,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = _Parser(
         prog="mlakit",
-        description="Multi-head Latent Attention: measure any attention backend, ours or a peer's, on any batch, checked before it is timed.",
+        description="Multi-head Latent Attention: any attention backend, ours or a peer's, measured on any batch, "
+        "checked before it is timed.",
         epilog="First steps: mlakit bench --config quickstart",
     )
     parser.add_argument("--version", action="version", version=f"mlakit {__version__}")

@@ -75,7 +75,7 @@ class Progress(Listener):
 
 
 def time_left(elapsed: float, done: int, expected: int) -> str:
-    """ ", 1:20 left" from the rows so far; empty when there are none, or none to come."""
+    """Estimate ", 1:20 left" from the rows so far; empty when there are none, or none to come."""
     if not done or done >= expected:
         return ""
     return f", {duration(elapsed / done * (expected - done))} left"

@@ -30,7 +30,9 @@ def plot_times(record: Record, path: Path) -> bool:
     width = 0.8 / len(titles)
     slowest = max(row.timing.median for group in shown for row in group if row.timing)
     unit, factor = ("ms", 1e3) if slowest >= 1e-2 else ("µs", 1e6)
-    figure = Figure(figsize=(max(7.0, 1.2 + 0.28 * len(titles) * len(shown) + 0.6 * len(shown)), 4.8), layout="constrained")
+    figure = Figure(
+        figsize=(max(7.0, 1.2 + 0.28 * len(titles) * len(shown) + 0.6 * len(shown)), 4.8), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, title in enumerate(titles):
@@ -63,7 +65,13 @@ def plot_times(record: Record, path: Path) -> bool:
     axes.grid(axis="y", which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(titles) + 1))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=min(4, len(titles) + 1),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return True

@@ -12,8 +12,8 @@ from mlakit.testing.poison import poison_
 class PageTable:
     """Where the tokens of a batch lie in a cache of `num_pages` pages.
 
-    `block_table` [batch, max_pages] int32; `seq_lens` [batch] int32; `slots` [total tokens] int64 is the flat slot (page * page_size +
-    offset) of each token, requests in order.
+    `block_table` [batch, max_pages] int32; `seq_lens` [batch] int32; `slots` [total tokens] int64 is the flat slot
+    (page * page_size + offset) of each token, requests in order.
     """
 
     num_pages: int
@@ -79,8 +79,8 @@ def random_pages(
 ) -> torch.Tensor:
     """Normally distributed tokens [num_pages, page_size, *token_shape]; the tails of pages and unused pages hold NaN.
 
-    `loud[i]` newest tokens of request i and its first one are multiplied by `loudness`: they get enough weight in the softmax that an
-    off-by-one at either end of a long context shows in the output.
+    `loud[i]` newest tokens of request i and its first one are multiplied by `loudness`: they get enough weight in the
+    softmax that an off-by-one at either end of a long context shows in the output.
     """
     device = table.slots.device
     pages = poison_(torch.empty((table.num_pages, table.page_size, *token_shape), dtype=dtype, device=device))

@@ -1,7 +1,8 @@
 """Compile an operation's kernels for a GPU that is not there, by running its real launcher.
 
-Triton's wheel carries ptxas and cuobjdump, so registers, spills and instructions can be read on any Linux machine. A launcher that runs
-inside `offline(90)` chooses its configuration as it would on that GPU; every kernel it launches is compiled and recorded, none is run.
+Triton's wheel carries ptxas and cuobjdump, so registers, spills and instructions can be read on any Linux machine. A
+launcher that runs inside `offline(90)` chooses its configuration as it would on that GPU; every kernel it launches is
+compiled and recorded, none is run.
 """
 
 import re

@@ -1,7 +1,8 @@
 """When a kernel's result counts as right: as close to float64 as eager PyTorch is, within a factor of two.
 
-The bound is derived from the number format and the operation, not chosen: the same operation in eager PyTorch, in the same dtype with
-a float32 softmax, is compared with float64 too, and its error is the yardstick (the method of FlashAttention's own tests).
+The bound is derived from the number format and the operation, not chosen: the same operation in eager PyTorch, in the
+same dtype with a float32 softmax, is compared with float64 too, and its error is the yardstick (the method of
+FlashAttention's own tests).
 """
 
 import math
@@ -35,17 +36,19 @@ class Comparison:
 def compare(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) -> Comparison:
     """Compare a result with the float64 (or float32) reference, using eager PyTorch's error as the yardstick.
 
-    Allowed are twice eager's largest and twice its root-mean-square error, each plus one rounding of the result's dtype (so that an
-    eager result that happens to be exact leaves room for the last bit) and eight of float32 (in which all of them sum, each in an order
-    of its own: with float32 inputs that is the whole error), and a cosine distance of 1e-5 over the whole tensor, or twice
-    eager's own where eager misses that: it rounds the scores to the dtype, which large scores feel.
+    Allowed are twice eager's largest and twice its root-mean-square error, each plus one rounding of the result's dtype
+    (so that an eager result that happens to be exact leaves room for the last bit) and eight of float32 (in which all
+    of them sum, each in an order of its own: with float32 inputs that is the whole error), and a cosine distance of
+    1e-5 over the whole tensor, or twice eager's own where eager misses that: it rounds the scores to the dtype, which
+    large scores feel.
 
     Raises:
         ValueError: the three tensors differ in shape.
     """
     if not actual.shape == reference.shape == eager.shape:
         raise ValueError(
-            f"shapes must agree: result {tuple(actual.shape)}, reference {tuple(reference.shape)}, eager {tuple(eager.shape)}"
+            f"shapes must agree: result {tuple(actual.shape)}, reference {tuple(reference.shape)}, "
+            f"eager {tuple(eager.shape)}"
         )
     if reference.numel() == 0:
         return Comparison(0.0, 0.0, 0.0, 0.0, 0.0)
