@@ -19,16 +19,16 @@ def merge_states(
     """Merge attention results over disjoint sets of keys into the result over their union; differentiable.
 
     Args:
-        outs: [states, tokens, num_heads, dim], or a sequence of at least one [tokens, num_heads, dim]; bfloat16, float16 or
-            float32. Any strides but the last, which is 1. Up to eight tensors of a sequence are read where they lie; more are
-            stacked first.
-        lses: [states, tokens, num_heads] or a sequence of [tokens, num_heads], float32, natural log. -inf marks a state that saw
-            no key: what its `out` holds there is not used.
+        outs: [states, tokens, num_heads, dim], or a sequence of at least one [tokens, num_heads, dim]; bfloat16,
+            float16 or float32. Any strides but the last, which is 1. Up to eight tensors of a sequence are read where
+            they lie; more are stacked first.
+        lses: [states, tokens, num_heads] or a sequence of [tokens, num_heads], float32, natural log. -inf marks a
+            state that saw no key: what its `out` holds there is not used.
         impl: "triton" or "reference"; None picks the fastest that can run.
 
     Returns:
-        out [tokens, num_heads, dim] in outs' dtype, and lse [tokens, num_heads]: the softmax-weighted mean of the outs and the
-        log-sum-exp of the lses. Zeros and -inf where no state saw a key. Computed in float32.
+        out [tokens, num_heads, dim] in outs' dtype, and lse [tokens, num_heads]: the softmax-weighted mean of the outs
+        and the log-sum-exp of the lses. Zeros and -inf where no state saw a key. Computed in float32.
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above, or `impl` is unknown.

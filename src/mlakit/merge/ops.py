@@ -1,4 +1,6 @@
-"""`mlakit::merge_stacked` and `mlakit::merge_separate` as torch.library operators; Triton is imported when one first runs."""
+"""`mlakit::merge_stacked` and `mlakit::merge_separate` as torch.library operators; Triton is imported when one first
+runs.
+"""
 
 import torch
 
@@ -16,7 +18,7 @@ def merge_stacked(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @merge_stacked.register_fake
-def _(outs, lses):  # type: ignore[no-untyped-def]
+def _(outs, lses):
     return _empty(outs[0])
 
 
@@ -31,7 +33,7 @@ def merge_separate(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[
 
 
 @merge_separate.register_fake
-def _(outs, lses):  # type: ignore[no-untyped-def]
+def _(outs, lses):
     return _empty(outs[0])
 
 
@@ -58,12 +60,12 @@ def _state_gradient(
     return (weight[..., None] * dout.float()).to(out_i.dtype), dlog
 
 
-def _setup_stacked(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_stacked(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward_stacked(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+def _backward_stacked(ctx, dout, dlse):
     if dout is None and dlse is None:
         return None, None
     outs, lses, out, lse = ctx.saved_tensors
@@ -72,14 +74,14 @@ def _backward_stacked(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
 
 
-def _setup_separate(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_separate(ctx, inputs, output):
     outs, lses = inputs
     ctx.states = len(outs)
     ctx.save_for_backward(*outs, *lses, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward_separate(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+def _backward_separate(ctx, dout, dlse):
     n = ctx.states
     if dout is None and dlse is None:
         return [None] * n, [None] * n

@@ -31,13 +31,15 @@ def mla_prefill(
 
     Args:
         q: [tokens, num_heads, qk_head_dim], bfloat16 or float16 (any floating dtype for `impl="reference"`).
-        k: [keys, num_kv_heads, qk_head_dim]; `num_heads` is a multiple of `num_kv_heads`, consecutive query heads share one.
-        v: [keys, num_kv_heads, v_head_dim]. q, k and v may have any strides but the last, which is 1; v may be a view of a
-            tensor that holds more, such as k and v side by side.
-        cu_seqlens_q: [batch + 1] int32, on q's device, from 0 up: sequence i holds rows cu_seqlens_q[i] to cu_seqlens_q[i + 1].
-            Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: the Triton kernels read none of them
-            and give them zeros and -inf (the reference leaves them out).
-        cu_seqlens_k: [batch + 1] int32, the same for k and v. Rows past cu_seqlens_k[-1] are not read; their gradients are zero.
+        k: [keys, num_kv_heads, qk_head_dim]; `num_heads` is a multiple of `num_kv_heads`, consecutive query heads
+            share one.
+        v: [keys, num_kv_heads, v_head_dim]. q, k and v may have any strides but the last, which is 1; v may be a view
+            of a tensor that holds more, such as k and v side by side.
+        cu_seqlens_q: [batch + 1] int32, on q's device, from 0 up: sequence i holds rows cu_seqlens_q[i] to
+            cu_seqlens_q[i + 1]. Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: the
+            Triton kernels read none of them and give them zeros and -inf (the reference leaves them out).
+        cu_seqlens_k: [batch + 1] int32, the same for k and v. Rows past cu_seqlens_k[-1] are not read; their gradients
+            are zero.
         softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_head_dim); positive.
         causal: query i of q_len sees the first `k_len - q_len + i + 1` keys (bottom-right alignment).
         max_seqlen_q: a hint, the longest sequence of queries; only the choice of tiles depends on it, never the result.
@@ -45,11 +47,11 @@ def mla_prefill(
         impl: "triton" or "reference"; None picks the fastest that can run.
 
     Returns:
-        out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if q is). A
-        row that sees no key gives zeros and -inf. Gradients flow through both. Nothing here waits for the GPU.
+        out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if
+        q is). A row that sees no key gives zeros and -inf. Gradients flow through both. Nothing here waits for the GPU.
 
-    Chunked prefill: call this on each chunk of the context (causal=False for the chunks before the new tokens) and give the
-    results to `mlakit.merge.merge_states`.
+    Chunked prefill: call this on each chunk of the context (causal=False for the chunks before the new tokens) and
+    give the results to `mlakit.merge.merge_states`.
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above, or `impl` is unknown.

@@ -6,7 +6,8 @@ MIN_DOT_DIM = 16  # tl.dot's least depth
 MAX_QK_DIM, MAX_V_DIM = 576, 512  # forward, of which 576/512 (MQA mode expanded) is there for comparisons
 MAX_BACKWARD_DIM = 256
 
-# Shared memory a block may use, in bytes. Consumer chips (8.6, 8.9, 12.x) have the least, so an unknown one is taken for such.
+# Shared memory a block may use, in bytes. Consumer chips (8.6, 8.9, 12.x) have the least, so an unknown one is taken
+# for such.
 _SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
 _SHARED_BYTES_LEAST = 99 * 1024
 
@@ -63,26 +64,36 @@ def _next_power_of_2(n: int) -> int:
 
 
 def forward_config(qk_head_dim: int, v_head_dim: int, capability: tuple[int, int], rows: int) -> PrefillConfig:
-    """The forward kernel's configuration. `rows` is a bound of a sequence's length, or a guess; it only tells short from long."""
+    """The forward kernel's configuration. `rows` is a bound of a sequence's length, or a guess; it only tells short
+    from long.
+    """
     width_v = value_width(v_head_dim)
     width = max(split_head_dim(qk_head_dim).width, width_v)
+    short = rows <= 64
     # Of these the first that fits shared memory. None spills (tests/prefill/test_prefill_compile.py).
-    if capability[0] in (9, 10):
+    if capability[0] == 9:
         if width_v > 256:
             candidates = [PrefillConfig(64, 16, 8, 3, tma=True)]
+        elif short:
+            candidates = [PrefillConfig(64, 64 if width <= 192 else 32, 4, 2, tma=True)]
         else:
             # 64 keys and three stages: two loads are in flight while a block is computed. 128 keys fit only two stages.
             candidates = [PrefillConfig(128, 64, 8, 3, tma=True), PrefillConfig(128, 64, 8, 2, tma=True)]
-            if rows <= 64:
-                candidates = [PrefillConfig(64, 64, 4, 2, tma=True)]
+    elif capability[0] == 10:
+        if width_v > 256:
+            candidates = [PrefillConfig(32, 16, 8, 2)]
+        elif short or width > 192:
+            candidates = [PrefillConfig(64, 64, 8, 2, tma=True)]
+        else:
+            candidates = [PrefillConfig(128, 64, 8, 3, tma=True)]
     elif width_v > 256:
         candidates = [PrefillConfig(64, 16, 8, 2), PrefillConfig(16, 16, 4, 2)]
     elif width > 192:
         candidates = [PrefillConfig(64, 64, 8, 2), PrefillConfig(64, 32, 8, 2), PrefillConfig(32, 32, 4, 2)]
+    elif short:
+        candidates = [PrefillConfig(64, 32, 4, 2)]
     else:
         candidates = [PrefillConfig(128, 32, 8, 2), PrefillConfig(64, 32, 4, 2)]
-        if rows <= 64:
-            candidates = [PrefillConfig(64, 32, 4, 2)]
     limit = shared_bytes(capability)
     for config in candidates:
         if forward_shared_bytes(config, qk_head_dim, v_head_dim) <= limit:

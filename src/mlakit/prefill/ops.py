@@ -20,7 +20,7 @@ def mla_prefill(
 
 
 @mla_prefill.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q):  # type: ignore[no-untyped-def]
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q):
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
@@ -42,7 +42,7 @@ def mla_prefill_out(
 
 
 @mla_prefill_out.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q):  # type: ignore[no-untyped-def]
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q):
     return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
@@ -90,11 +90,11 @@ def mla_prefill_backward(
 
 
 @mla_prefill_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):  # type: ignore[no-untyped-def]
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _ = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
@@ -103,7 +103,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)  # a gradient of zeros for lse would cost a pass over it
 
 
-def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+def _backward(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 8

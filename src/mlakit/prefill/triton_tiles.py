@@ -1,5 +1,8 @@
 """What the forward and backward kernels share: finding a tile's sequence on the device, and loading rows."""
 
+# Kernel arguments have no Python type; only the constexprs among them are annotated.
+# mypy: disallow-incomplete-defs=False
+
 import triton
 import triton.language as tl
 
@@ -8,11 +11,12 @@ _L2_TARGET_BYTES = 24 * 2**20  # of the 40 MB that an A100 has and the 60 MB of 
 
 @triton.jit
 def locate_tile(tile, cu_ptr, batch, total, BLOCK: tl.constexpr):
-    """Find the sequence that a tile of the list belongs to: (sequence, its first row, its end, the tile's first row in it).
+    """Find the sequence that a tile of the list belongs to: (sequence, its first row, its end, the tile's first row in
+    it).
 
     Sequence i owns tiles cu[i] // BLOCK + i and on, as many as it needs: the host can bound the list's length by
-    total // BLOCK + batch + 1 without knowing the lengths. Rows past cu[batch] belong to sequence `batch`, which has no keys. The
-    tile may lie past the end of its sequence; then it has no rows.
+    total // BLOCK + batch + 1 without knowing the lengths. Rows past cu[batch] belong to sequence `batch`, which has
+    no keys. The tile may lie past the end of its sequence; then it has no rows.
     """
     seq = 0
     # Counting with whole vectors needs one round trip to memory for 128 sequences, where a binary search needs seven.

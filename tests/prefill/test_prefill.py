@@ -1,0 +1,195 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mlakit.prefill import mla_prefill, mla_prefill_reference
+from mlakit.prefill.config import (
+    backward_configs,
+    forward_config,
+    forward_shared_bytes,
+    shared_bytes,
+    split_head_dim,
+    value_width,
+)
+
+
+def cu(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def inputs(q_lens, k_lens, heads=4, kv_heads=2, qk_dim=24, v_dim=16, dtype=torch.float64):
+    torch.manual_seed(0)
+    q = torch.randn(sum(q_lens), heads, qk_dim, dtype=dtype)
+    k = torch.randn(sum(k_lens), kv_heads, qk_dim, dtype=dtype)
+    v = torch.randn(sum(k_lens), kv_heads, v_dim, dtype=dtype)
+    return q, k, v, cu(*q_lens), cu(*k_lens)
+
+
+# One sequence and several; as many keys as queries, more, and a single query; with and without shared heads.
+@pytest.mark.parametrize(("q_lens", "k_lens"), [([7], [7]), ([3, 1, 65], [3, 130, 65]), ([5], [64])])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_agrees_with_sdpa(q_lens, k_lens, kv_heads, causal):
+    q, k, v, cu_q, cu_k = inputs(q_lens, k_lens, kv_heads=kv_heads)
+    out, lse = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.3, causal=causal)
+    for i, (q_len, k_len) in enumerate(zip(q_lens, k_lens, strict=True)):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        mask = torch.ones(q_len, k_len, dtype=torch.bool)
+        if causal:
+            mask = mask.tril(k_len - q_len)
+        heads = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *heads, attn_mask=mask, scale=0.3, enable_gqa=kv_heads != 4
+        )
+        torch.testing.assert_close(out[rows], expected[0].transpose(0, 1))
+        scores = torch.einsum("qhd,khd->qhk", q[rows], k[keys].repeat_interleave(4 // kv_heads, 1)) * 0.3
+        expected_lse = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1)
+        torch.testing.assert_close(lse[rows], expected_lse)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_gradients_with_rows_without_keys(causal):
+    # More queries than keys, no keys, no queries.
+    q, k, v, cu_q, cu_k = inputs([3, 2, 0], [2, 0, 3], heads=2, kv_heads=1, qk_dim=3, v_dim=2)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+    def run(q, k, v):
+        out, lse = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.7, causal=causal)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    out, lse = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.7, causal=causal)
+    empty = torch.tensor([causal, False, False, True, True])
+    assert torch.equal(torch.isneginf(lse), empty[:, None].expand(5, 2))
+    assert not out[empty].any()
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+def test_no_sequences():
+    out, lse = mla_prefill(*inputs([], []), softmax_scale=1.0)
+    assert out.shape == (0, 4, 16)
+    assert lse.shape == (0, 4)
+
+
+def test_out_is_filled_and_returned():
+    args = inputs([5, 2], [5, 9])
+    out = torch.full((7, 4, 16), torch.nan, dtype=torch.float64)
+    got, lse = mla_prefill(*args, softmax_scale=0.3, out=out)
+    expected, expected_lse = mla_prefill_reference(*args, softmax_scale=0.3)
+    assert got is out
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def test_default_on_a_cpu_is_the_reference_whatever_the_environment(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = inputs([5], [5], dtype=torch.float16)
+    out, _ = mla_prefill(*args, softmax_scale=0.3)
+    assert torch.equal(out, mla_prefill_reference(*args, softmax_scale=0.3)[0])
+
+
+# One wrong thing a case; each message names what was expected and what was found.
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(5, 4)}, r"q must have shape \[tokens, num_heads, qk_head_dim\], got \[5, 4\]"),
+        ({"k": torch.zeros(9, 2, 25)}, r"k must have shape \[keys, num_kv_heads, 24\], got \[9, 2, 25\]"),
+        ({"v": torch.zeros(8, 2, 16)}, r"v must have shape \[9, 2, v_head_dim\], got \[8, 2, 16\]"),
+        ({"v": torch.zeros(9, 1, 16)}, r"v must have shape \[9, 2, v_head_dim\], got \[9, 1, 16\]"),
+        ({"k": torch.zeros(9, 3, 24), "v": torch.zeros(9, 3, 16)}, "multiple of k's num_kv_heads 3, got 4"),
+        ({"q": torch.zeros(5, 4, 24, dtype=torch.int32)}, "q must be torch.bfloat16 or .*, got torch.int32"),
+        ({"k": torch.zeros(9, 2, 24, dtype=torch.float16)}, "k must be torch.float32, got torch.float16"),
+        ({"v": torch.zeros(9, 2, 32)[..., ::2]}, r"v must have stride 1 in its last dimension, got strides"),
+        ({"k": torch.zeros(9, 2, 24, device="meta")}, "k must be on cpu like the first argument, got meta"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, "cu_seqlens_q must be torch.int32, got torch.int64"),
+        ({"cu_seqlens_k": cu(4, 5)}, r"cu_seqlens_k must have shape \[2\], got \[3\]"),
+        ({"cu_seqlens_q": cu()[:0], "cu_seqlens_k": cu()[:0]}, "at least 1, got 0"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
+        ({"softmax_scale": float("inf")}, "softmax_scale must be positive and finite, got inf"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q must be at least 0, got -1"),
+        ({"out": torch.zeros(5, 4, 15)}, r"out must have shape \[5, 4, 16\], got \[5, 4, 15\]"),
+        ({"out": torch.zeros(5, 4, 16).half()}, "out must be torch.float32, got torch.float16"),
+        ({"out": torch.zeros(5, 4, 16), "q": torch.zeros(5, 4, 24).requires_grad_()}, "expected out=None"),
+        ({"impl": "flash"}, "unknown impl 'flash'; expected one of reference, triton"),
+    ],
+)
+def test_wrong_inputs(change, message):
+    q, k, v, cu_q, cu_k = inputs([5], [9], dtype=torch.float32)
+    args = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "softmax_scale": 0.3}
+    with pytest.raises(ValueError, match=message):
+        mla_prefill(**(args | change))
+
+
+# What Triton cannot do: the reason is told, and the reference does not stand in.
+@pytest.mark.parametrize(
+    ("make", "interpret", "message"),
+    [
+        ({"dtype": torch.float32}, "1", "bfloat16 or float16, got torch.float32"),
+        ({"dtype": torch.float16}, "0", "needs a CUDA device .* got cpu"),
+        ({"dtype": torch.bfloat16}, "1", "use float16 there"),
+        ({"dtype": torch.float16, "qk_dim": 577}, "1", "up to 576 and 512, got 577 and 16"),
+        ({"dtype": torch.float16, "v_dim": 513}, "1", "up to 576 and 512, got 24 and 513"),
+    ],
+)
+def test_triton_refuses_with_the_reason(monkeypatch, make, interpret, message):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    args = inputs([5], [9], **make)
+    with pytest.raises(RuntimeError, match=f"mla_prefill: impl='triton' cannot run: .*{message}"):
+        mla_prefill(*args, softmax_scale=0.3, impl="triton")
+
+
+def test_triton_refuses_gradients_of_wide_heads(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v, cu_q, cu_k = inputs([5], [9], qk_dim=576, v_dim=512, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="gradients need head dims up to 256, got 576 and 512"):
+        mla_prefill(q.requires_grad_(), k, v, cu_q, cu_k, softmax_scale=0.3, impl="triton")
+
+
+def test_triton_refuses_strides_past_32_bits(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, _, cu_q, cu_k = inputs([1], [1], dtype=torch.float16)
+    far = torch.empty_strided((1, 2, 16), (2**24 + 1, 16, 1), dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"v may have up to .* stride of up to 16777216, got 1 at 16777217"):
+        mla_prefill(q, k, far, cu_q, cu_k, softmax_scale=0.3, impl="triton")
+
+
+def test_import_without_triton():
+    code = "import sys, mlakit.prefill, mlakit.merge; assert 'torch' in sys.modules; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Every dim there may be: the parts cover it, are powers of two that tl.dot takes, and waste less than a single one.
+@pytest.mark.parametrize("dim", [*range(1, 257), 576])
+def test_split_head_dim(dim):
+    split = split_head_dim(dim)
+    for part in (split.main, split.rest):
+        assert part == 0 or (part >= 16 and part & (part - 1) == 0)
+    assert split.main >= split.rest
+    assert dim <= split.width <= value_width(dim)
+    assert split.padded == (split.width != dim)
+
+
+def test_split_of_the_dims_in_use_pads_nothing():
+    assert [(split_head_dim(d).main, split_head_dim(d).rest) for d in (64, 96, 128, 192, 256, 576)] == [
+        (64, 0),
+        (64, 32),
+        (128, 0),
+        (128, 64),
+        (256, 0),
+        (512, 64),
+    ]
+
+
+# Devices from the least shared memory to the most, and one that nobody has heard of.
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)])
+@pytest.mark.parametrize("dims", [(192, 128), (64, 64), (256, 256), (576, 512)])
+@pytest.mark.parametrize("rows", [1, 64, 65, 10**6])
+def test_configurations_fit_the_device(capability, dims, rows):
+    config = forward_config(*dims, capability, rows)
+    assert forward_shared_bytes(config, *dims) <= shared_bytes(capability)
+    assert not config.tma or capability >= (9, 0)
+    if max(dims) <= 256:
+        for side in backward_configs(*dims, capability):
+            assert side.block_m >= 16
+            assert side.block_n >= 16

@@ -1,0 +1,108 @@
+import re
+
+import pytest
+import torch
+
+from mlakit.hardware import capability
+from mlakit.prefill.config import backward_configs, forward_config
+from mlakit.prefill.triton_backward import _launch_backward
+from mlakit.prefill.triton_forward import _launch_forward
+from mlakit.testing.offline import TARGETS, offline
+
+pytestmark = pytest.mark.compiled
+
+# What a tensor core instruction is called on each.
+MATRIX = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTCHMMA\b"}
+
+
+def inputs(qk_dim, v_dim, kv_heads):
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    bounds = torch.tensor([0, 100, 256], dtype=torch.int32)
+    return empty(256, 16, qk_dim), empty(256, kv_heads, qk_dim), empty(256, kv_heads, v_dim), bounds, bounds
+
+
+# DeepSeek's dims, GLM-5's, the usual ones and 576/512; long sequences and short ones, which have tiles of their own.
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dims", "rows"),
+    [
+        ((192, 128), 4096),
+        ((192, 128), 16),
+        ((256, 256), 4096),
+        ((256, 256), 16),
+        ((128, 128), 4096),
+        ((576, 512), 4096),
+    ],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_does_not_spill(target, dims, rows, causal):
+    q, k, v, cu_q, cu_k = inputs(*dims, kv_heads=1 if dims[0] == 576 else 16)
+    out, lse = torch.empty(256, 16, dims[1], dtype=torch.bfloat16), torch.empty(256, 16)
+    with offline(target) as compiled:
+        config = forward_config(*dims, capability("cuda"), rows)
+        _launch_forward(q, k, v, cu_q, cu_k, out, lse, softmax_scale=0.1, causal=causal, config=config)
+    (kernel,) = compiled
+    assert kernel.spills == 0
+    assert re.search(MATRIX[target], kernel.sass)
+    assert ("UTMALDG" in kernel.sass) == config.tma
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dims", [(192, 128), (256, 256), (128, 128)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_backward_does_not_spill(target, dims, causal):
+    q, k, v, cu_q, cu_k = inputs(*dims, kv_heads=16)
+    out, lse = torch.empty(256, 16, dims[1], dtype=torch.bfloat16), torch.empty(256, 16)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    with offline(target) as compiled:
+        config_kv, config_q = backward_configs(*dims, capability("cuda"))
+        _launch_backward(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            out,
+            lse,
+            cu_q,
+            cu_k,
+            *grads,
+            softmax_scale=0.1,
+            causal=causal,
+            config_kv=config_kv,
+            config_q=config_q,
+        )
+    assert [kernel.name for kernel in compiled] == [
+        "_prefill_delta_kernel",
+        "_prefill_backward_kv_kernel",
+        "_prefill_backward_q_kernel",
+    ]
+    for kernel in compiled:
+        assert kernel.spills == 0, kernel.name
+    for kernel in compiled[1:]:
+        assert re.search(MATRIX[target], kernel.sass)
+
+
+def test_a_new_length_does_not_recompile():
+    from mlakit.prefill.triton_forward import _prefill_forward_kernel
+
+    def launch(tokens, batch):
+        q = torch.empty(tokens, 2, 192, dtype=torch.bfloat16)
+        v = torch.empty(tokens, 2, 128, dtype=torch.bfloat16)
+        bounds = torch.zeros(batch + 1, dtype=torch.int32)
+        config = forward_config(192, 128, (9, 0), tokens // batch)
+        _launch_forward(
+            q, q, v, bounds, bounds, v, torch.empty(tokens, 2), softmax_scale=0.1, causal=True, config=config
+        )
+
+    def variants():
+        return len(_prefill_forward_kernel.device_caches[90][0])
+
+    with offline(90):
+        launch(256, 1)
+        before = variants()
+        for tokens, batch in ((333, 1), (1024, 3), (1001, 7), (65, 1)):
+            launch(tokens, batch)
+        assert variants() == before
