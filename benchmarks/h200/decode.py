@@ -4,9 +4,9 @@
     python benchmarks/h200/decode.py results.json --tune    # and every launch configuration worth a try
     python benchmarks/h200/decode.py results.json --rows 1x16    # rows whose name, {b}x{h}x{s}, starts so
 
-vLLM's Triton decode and FlashMLA take part where they can be imported. A time is the whole operation as a caller calls it: every
-kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a number of splits from its caller: the best
-of several is its time.
+vLLM's Triton decode and FlashMLA take part where they can be imported. A time is the whole operation as a caller calls
+it: every kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a number of splits
+from its caller: the best of several is its time.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
     rows = row.q.shape[1] * row.q.shape[2]
     for fields in FEW if rows <= 16 else MIDDLE if rows <= 32 else MANY:
         config = DecodeConfig(*fields)
-        for num_splits in (None, 1, 2) if len(row.lens) >= 32 else (None,):
+        splits = (None, 1, 2) if len(row.lens) >= 32 else (None, 32, 64, 128) if len(row.lens) == 1 else (None,)
+        for num_splits in splits:
 
             def configured(
                 config: DecodeConfig = config, num_splits: int | None = num_splits

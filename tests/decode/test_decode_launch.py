@@ -11,8 +11,10 @@ from mlakit.decode.triton_schedule import plan_pieces
 def pieces_of(lens: list[int], slots: int, block_n: int, min_tiles: int) -> list[int]:
     """What the kernel computes on the device."""
     tiles = [-(-n // block_n) for n in lens]
-    per_piece = max(-(-sum(tiles) // (slots - len(lens))), min_tiles)
-    return [max(-(-t // per_piece), 1) for t in tiles]
+    low, high = -(-sum(tiles) // slots), -(-sum(tiles) // (slots - len(lens)))
+    tries = [max(low + (high - low) * k // 7, min_tiles) for k in range(8)]
+    each = [[max(-(-t // per_piece), 1) for t in tiles] for per_piece in tries]
+    return next(pieces for pieces in each if sum(pieces) <= slots)  # the last always fits: that is the claim
 
 
 @given(
@@ -53,6 +55,13 @@ def test_automatic_splits(batch: int, row_tiles: int, capacity: int, slots: int,
     )
     assert plan.slots == slots
     assert plan.is_split == split
+
+
+def test_a_batch_that_could_fill_the_gpu_does() -> None:
+    # 16 requests of 1024 keys, two tiles of heads on 132 multiprocessors: 66 slots, of which 16 x 4 can be used.
+    plan = plan_pieces(batch=16, row_tiles=2, capacity=1024, block_n=32, resident=132, min_tiles=2, num_splits=None)
+    assert plan.splits is None
+    assert pieces_of([1024] * 16, plan.slots, 32, 2) == [4] * 16
 
 
 def test_named_splits_are_kept_but_for_more_than_there_are_tiles() -> None:

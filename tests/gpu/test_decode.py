@@ -72,8 +72,8 @@ def decode(inputs: Inputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return mla_decode(*inputs, **{"softmax_scale": SCALE, "impl": "triton", **options})
 
 
-# Lengths: empty, one key, around a tile and a page, a long request beside short ones (pieces from 1 to dozens). Heads: 1
-# and 3 (idle rows), 16 (few heads), 32, 65 (a second tile with one row), 128. New tokens: one, and more than some
+# Lengths: empty, one key, around a tile and a page, a long request beside short ones (pieces from 1 to dozens). Heads:
+# 1 and 3 (idle rows), 16 (few heads), 32, 65 (a second tile with one row), 128. New tokens: one, and more than some
 # requests have keys.
 LENS = [0, 1, 31, 32, 33, 63, 64, 65, 1000, 4097]
 
