@@ -1,0 +1,1 @@
+"""Named experiments, each runnable as `mlakit study NAME` and as `python -m mlakit.studies.NAME`."""
