@@ -84,4 +84,5 @@ def divide(value, scale, inverse):
     One Newton step on the product: the remainder is exact in a fused multiply-add (Markstein's theorem).
     """
     quotient = value * inverse
-    return tl.fma(tl.fma(-quotient, scale, value), inverse, quotient)
+    # The remainder with its sign turned, twice: so -0 stays -0.
+    return tl.fma(-tl.fma(quotient, scale, -value), inverse, quotient)
