@@ -44,9 +44,9 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype = torch.bflo
     info = device_info(device)
     # Several times the cache, so that it is memory that is measured; the GPU's product is large enough to fill every
     # unit.
-    count = (2**30 if info.is_cuda else max(2**28, 3 * info.cache_bytes)) // 4
+    count = (2**30 if info.is_cuda else max(2**28, 3 * info.cache_bytes)) // 64 * 16
     size = 8192 if info.is_cuda else 1536
-    source = torch.randn(count, device=device)
+    source = torch.randn(count // 16, device=device).repeat(16)  # drawing all of it takes a CPU longer than measuring
     target = torch.empty_like(source)
     copy = time_calls([lambda: target.copy_(source)], device, l2="hot", budget=0.2)
     read = time_calls([lambda: source.sum()], device, l2="hot", budget=0.2)

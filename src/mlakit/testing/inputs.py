@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mlakit.testing.poison import poison_
-
 
 @dataclass(frozen=True)
 class PageTable:
@@ -83,7 +81,9 @@ def random_pages(
     softmax that an off-by-one at either end of a long context shows in the output.
     """
     device = table.slots.device
-    pages = poison_(torch.empty((table.num_pages, table.page_size, *token_shape), dtype=dtype, device=device))
+    # Not `poison_`: arithmetic hands a NaN's payload on, and an output that read padding must not look like one never
+    # written.
+    pages = torch.full((table.num_pages, table.page_size, *token_shape), torch.nan, dtype=dtype, device=device)
     tokens = torch.randn((table.slots.numel(), *token_shape), dtype=dtype, device=device, generator=generator)
     if loud is not None:
         start = 0
