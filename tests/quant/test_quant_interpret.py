@@ -71,7 +71,9 @@ def test_act_quant_of_zeros_nan_and_rows_apart():
     codes, scales = act_quant(x, impl="triton")
     expected_codes, expected_scales = act_quant_reference(x)
     assert torch.equal(scales, expected_scales)
-    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+    number = ~x.isnan()  # a NaN may have either sign
+    assert torch.equal(codes.float().isnan(), ~number)
+    assert torch.equal(codes.view(torch.uint8)[number], expected_codes.view(torch.uint8)[number])
 
 
 # Whole blocks; ragged edges in both directions; a single element; nothing; rows apart; a block smaller than the tile.
