@@ -62,7 +62,7 @@ def test_far_apart_lses_neither_overflow_nor_vanish():
     out, lse = merge_states(outs, lses)
     weight = torch.tensor(1 / (1 + torch.e**-1))
     torch.testing.assert_close(out, outs[0] * weight + outs[1] * (1 - weight))
-    torch.testing.assert_close(lse, torch.full((4, 2), 1e4))
+    torch.testing.assert_close(lse, torch.full((4, 2), 10000.3133), atol=2e-3, rtol=0)
 
 
 def test_one_state_is_itself():

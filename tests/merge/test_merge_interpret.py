@@ -26,8 +26,8 @@ def check(outs, lses, out, lse):
     assert found.ok, found.reason
 
 
-# One state; two, as in chunked prefill; the most that are read where they lie, and one more, which are stacked. Widths of
-# MHA and MQA mode, one that is no power of two, and one; a single token, and none.
+# One state; two, as in chunked prefill; the most that are read where they lie, and one more, which are stacked. Widths
+# of MHA and MQA mode, one that is no power of two, and one; a single token, and none.
 @pytest.mark.parametrize(
     ("n", "tokens", "heads", "dim"),
     [(1, 3, 2, 128), (2, 5, 3, 128), (8, 3, 1, 20), (9, 7, 3, 512), (2, 1, 1, 1), (2, 0, 2, 16)],

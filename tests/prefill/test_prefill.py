@@ -15,11 +15,22 @@ from mlakit.prefill.config import (
 )
 
 
-def cu(*lengths):
+def cu(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def inputs(q_lens, k_lens, heads=4, kv_heads=2, qk_dim=24, v_dim=16, dtype=torch.float64):
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(
+    q_lens: list[int],
+    k_lens: list[int],
+    heads: int = 4,
+    kv_heads: int = 2,
+    qk_dim: int = 24,
+    v_dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+) -> Inputs:
     torch.manual_seed(0)
     q = torch.randn(sum(q_lens), heads, qk_dim, dtype=dtype)
     k = torch.randn(sum(k_lens), kv_heads, qk_dim, dtype=dtype)
@@ -39,9 +50,9 @@ def test_reference_agrees_with_sdpa(q_lens, k_lens, kv_heads, causal):
         mask = torch.ones(q_len, k_len, dtype=torch.bool)
         if causal:
             mask = mask.tril(k_len - q_len)
-        heads = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
+        q_i, k_i, v_i = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
         expected = torch.nn.functional.scaled_dot_product_attention(
-            *heads, attn_mask=mask, scale=0.3, enable_gqa=kv_heads != 4
+            q_i, k_i, v_i, attn_mask=mask, scale=0.3, enable_gqa=kv_heads != 4
         )
         torch.testing.assert_close(out[rows], expected[0].transpose(0, 1))
         scores = torch.einsum("qhd,khd->qhk", q[rows], k[keys].repeat_interleave(4 // kv_heads, 1)) * 0.3
@@ -185,7 +196,7 @@ def test_split_of_the_dims_in_use_pads_nothing():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)])
 @pytest.mark.parametrize("dims", [(192, 128), (64, 64), (256, 256), (576, 512)])
 @pytest.mark.parametrize("rows", [1, 64, 65, 10**6])
-def test_configurations_fit_the_device(capability, dims, rows):
+def test_configurations_fit_the_device(capability: tuple[int, int], dims: tuple[int, int], rows: int) -> None:
     config = forward_config(*dims, capability, rows)
     assert forward_shared_bytes(config, *dims) <= shared_bytes(capability)
     assert not config.tma or capability >= (9, 0)

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.compiled
 MATRIX = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTCHMMA\b"}
 
 
-def inputs(qk_dim, v_dim, kv_heads):
-    def empty(*shape):
+def inputs(dims: tuple[int, int], kv_heads: int) -> tuple[torch.Tensor, ...]:
+    qk_dim, v_dim = dims
+
+    def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
 
     bounds = torch.tensor([0, 100, 256], dtype=torch.int32)
@@ -38,10 +40,10 @@ def inputs(qk_dim, v_dim, kv_heads):
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward_does_not_spill(target, dims, rows, causal):
-    q, k, v, cu_q, cu_k = inputs(*dims, kv_heads=1 if dims[0] == 576 else 16)
+    q, k, v, cu_q, cu_k = inputs(dims, kv_heads=1 if dims[0] == 576 else 16)
     out, lse = torch.empty(256, 16, dims[1], dtype=torch.bfloat16), torch.empty(256, 16)
     with offline(target) as compiled:
-        config = forward_config(*dims, capability("cuda"), rows)
+        config = forward_config(dims[0], dims[1], capability("cuda") or (0, 0), rows)
         _launch_forward(q, k, v, cu_q, cu_k, out, lse, softmax_scale=0.1, causal=causal, config=config)
     (kernel,) = compiled
     assert kernel.spills == 0
@@ -53,11 +55,11 @@ def test_forward_does_not_spill(target, dims, rows, causal):
 @pytest.mark.parametrize("dims", [(192, 128), (256, 256), (128, 128)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_backward_does_not_spill(target, dims, causal):
-    q, k, v, cu_q, cu_k = inputs(*dims, kv_heads=16)
+    q, k, v, cu_q, cu_k = inputs(dims, kv_heads=16)
     out, lse = torch.empty(256, 16, dims[1], dtype=torch.bfloat16), torch.empty(256, 16)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     with offline(target) as compiled:
-        config_kv, config_q = backward_configs(*dims, capability("cuda"))
+        config_kv, config_q = backward_configs(dims[0], dims[1], capability("cuda") or (0, 0))
         _launch_backward(
             q,
             k,

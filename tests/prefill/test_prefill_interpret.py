@@ -10,11 +10,16 @@ pytestmark = pytest.mark.interpret
 DTYPE = torch.float16  # the interpreter's products of bfloat16 are wrong, and refused
 
 
-def cu(*lengths):
+def cu(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def inputs(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, padding=0):
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(
+    q_lens: list[int], k_lens: list[int], heads: int, kv_heads: int, qk_dim: int, v_dim: int, padding: int = 0
+) -> Inputs:
     """Random tensors; `padding` rows of poison after the last sequence."""
     torch.manual_seed(0)
     shapes = ((sum(q_lens), heads, qk_dim), (sum(k_lens), kv_heads, qk_dim), (sum(k_lens), kv_heads, v_dim))
@@ -23,14 +28,17 @@ def inputs(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, padding=0):
         x = torch.randn(rows + padding, h, d).to(DTYPE)
         poison_(x[rows:])
         tensors.append(x)
-    return *tensors, cu(*q_lens), cu(*k_lens)
+    q, k, v = tensors
+    return q, k, v, cu(*q_lens), cu(*k_lens)
 
 
 def check(q, k, v, cu_q, cu_k, out, lse, causal, scale):
     rows, keys = int(cu_q[-1]), int(cu_k[-1])
-    used = q[:rows], k[:keys], v[:keys]
-    ref, ref_lse = mla_prefill_reference(*(x.double() for x in used), cu_q, cu_k, softmax_scale=scale, causal=causal)
-    eager, _ = mla_prefill_reference(*used, cu_q, cu_k, softmax_scale=scale, causal=causal)
+    q, k, v = q[:rows], k[:keys], v[:keys]
+    ref, ref_lse = mla_prefill_reference(
+        q.double(), k.double(), v.double(), cu_q, cu_k, softmax_scale=scale, causal=causal
+    )
+    eager, _ = mla_prefill_reference(q, k, v, cu_q, cu_k, softmax_scale=scale, causal=causal)
     assert_close(out[:rows], ref, eager)
     found = compare_lse(lse[:rows], ref_lse)
     assert found.ok, found.reason
@@ -80,8 +88,8 @@ def test_strided_views():
     cu_q, cu_k = cu(33), cu(40)
     _, lse = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.2, out=out, impl="triton")
     check(q, k, v, cu_q, cu_k, out, lse, True, 0.2)
-    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
-    again, _ = mla_prefill(*heads_first, cu_q, cu_k, softmax_scale=0.2, impl="triton")
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    again, _ = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.2, impl="triton")
     assert torch.equal(again, out)
 
 
@@ -108,15 +116,16 @@ def test_hint_never_changes_more_than_rounding(hint):
 )
 @pytest.mark.parametrize(("causal", "through"), [(True, "both"), (False, "both"), (True, "out"), (True, "lse")])
 def test_backward(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, causal, through):
-    *tensors, cu_q, cu_k = inputs(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, padding=3)
+    q, k, v, cu_q, cu_k = inputs(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, padding=3)
     rows, keys = int(cu_q[-1]), int(cu_k[-1])
     d_out = torch.randn(rows, heads, v_dim).to(DTYPE)
     d_lse = torch.randn(rows, heads)
 
     def gradients(convert, **options):
         used = (rows, keys, keys) if options.get("impl") != "triton" else (None, None, None)
-        leaves = [convert(x[:n]).requires_grad_() for x, n in zip(tensors, used, strict=True)]
-        out, lse = mla_prefill(*leaves, cu_q, cu_k, softmax_scale=0.1, causal=causal, **options)
+        leaves = [convert(x[:n]).requires_grad_() for x, n in zip((q, k, v), used, strict=True)]
+        a, b, c = leaves
+        out, lse = mla_prefill(a, b, c, cu_q, cu_k, softmax_scale=0.1, causal=causal, **options)
         ends, seeds = [], []
         if through != "lse":
             ends.append(out[:rows])
@@ -139,12 +148,15 @@ def test_backward(q_lens, k_lens, heads, kv_heads, qk_dim, v_dim, causal, throug
 
 def test_broadcast_gradient():
     # The gradient of a sum is one value, expanded: stride 0 in every dimension.
-    *tensors, cu_q, cu_k = inputs([5], [7], 2, 1, 32, 32)
-    leaves = [x.requires_grad_() for x in tensors]
-    out, _ = mla_prefill(*leaves, cu_q, cu_k, softmax_scale=0.2, impl="triton")
-    got = torch.autograd.grad(out.sum(), leaves)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = torch.autograd.grad(mla_prefill(*exact, cu_q, cu_k, softmax_scale=0.2)[0].sum(), exact)
+    q, k, v, cu_q, cu_k = inputs([5], [7], 2, 1, 32, 32)
+
+    def gradients(q, k, v, impl):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out, _ = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.2, impl=impl)
+        return torch.autograd.grad(out.sum(), leaves)
+
+    expected = gradients(q.double(), k.double(), v.double(), "reference")
+    got = gradients(q, k, v, "triton")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-2, rtol=1e-2)
 
@@ -157,12 +169,13 @@ def test_chunked_prefill_equals_unchunked():
     for start in range(0, 40, 16):
         lens = [max(0, min(c - start, 16)) for c in context]
         pieces = [slice(int(cu_k[i]) + start, int(cu_k[i]) + start + n) for i, n in enumerate(lens)]
-        chunk = [torch.cat([x[p] for p in pieces]) for x in (k, v)]
-        out, lse = mla_prefill(q, *chunk, cu_q, cu(*lens), softmax_scale=0.2, causal=False, impl="triton")
+        chunk_k, chunk_v = (torch.cat([x[p] for p in pieces]) for x in (k, v))
+        out, lse = mla_prefill(q, chunk_k, chunk_v, cu_q, cu(*lens), softmax_scale=0.2, causal=False, impl="triton")
         outs.append(out)
         lses.append(lse)
-    last = [torch.cat([x[int(cu_k[i + 1]) - n : int(cu_k[i + 1])] for i, n in enumerate(new)]) for x in (k, v)]
-    out, lse = mla_prefill(q, *last, cu_q, cu_q, softmax_scale=0.2, impl="triton")
+    own = [slice(int(cu_k[i + 1]) - n, int(cu_k[i + 1])) for i, n in enumerate(new)]
+    own_k, own_v = (torch.cat([x[s] for s in own]) for x in (k, v))
+    out, lse = mla_prefill(q, own_k, own_v, cu_q, cu_q, softmax_scale=0.2, impl="triton")
     merged, merged_lse = merge_states([*outs, out], [*lses, lse], impl="triton")
     check(q, k, v, cu_q, cu_k, merged, merged_lse, True, 0.2)
 
