@@ -39,6 +39,35 @@ def _key_offsets(page, start, last, stride_cp, stride_ct, PAGE_SIZE: tl.constexp
 
 
 @triton.jit
+def _key_range(
+    length,
+    capacity,
+    piece,
+    count,
+    tile,
+    row,
+    rows,
+    q_len,
+    heads,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """First key of a piece, the end of those that any row of the tile sees, and where each row's sight ends."""
+    keys = tl.minimum(tl.maximum(length, 0), capacity)
+    tiles = tl.cdiv(keys, BLOCK_N).to(tl.int64)
+    start = (piece * tiles // count).to(tl.int32) * BLOCK_N  # even to one tile, and no piece of a live request is empty
+    end = tl.minimum(((piece + 1) * tiles // count).to(tl.int32) * BLOCK_N, keys)
+    if CAUSAL:
+        newest = tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1
+        end = tl.minimum(end, keys - q_len + newest // heads + 1)
+        visible = tl.minimum(keys - q_len + row // heads + 1, end)
+    else:
+        visible = row * 0 + end
+    return start, end, visible
+
+
+@triton.jit
 def _store_piece(
     acc,  # [BLOCK_M, RANK], not yet divided
     m,
@@ -138,18 +167,10 @@ def _mla_decode_kernel(
         return
     rows = q_len * heads
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    s_idx = row // heads
     length = tl.load(seq_lens_ptr + request)
-    keys = tl.minimum(tl.maximum(length, 0), capacity)
-    tiles = tl.cdiv(keys, BLOCK_N)
-    first = (piece.to(tl.int64) * tiles // count).to(tl.int32)
-    end = tl.minimum(((piece + 1).to(tl.int64) * tiles // count).to(tl.int32) * BLOCK_N, keys)
-    if CAUSAL:
-        newest = tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1
-        end = tl.minimum(end, keys - q_len + newest // heads + 1)
-        visible = tl.minimum(keys - q_len + s_idx + 1, end)
-    else:
-        visible = tl.full([BLOCK_M], 0, tl.int32) + end
+    start, end, visible = _key_range(
+        length, capacity, piece, count, tile, row, rows, q_len, heads, CAUSAL, BLOCK_M, BLOCK_N
+    )
     last = end - 1
 
     c = tl.arange(0, RANK)
@@ -157,7 +178,7 @@ def _mla_decode_kernel(
     q_at = (
         q_ptr
         + request.to(tl.int64) * stride_qb
-        + (s_idx.to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
+        + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
     q_c = tl.load(q_at[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
     q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=(row < rows)[:, None], other=0.0)
@@ -165,7 +186,6 @@ def _mla_decode_kernel(
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, RANK], tl.float32)
-    start = first * BLOCK_N
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
         for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
@@ -242,18 +262,10 @@ def _mla_decode_transposed_kernel(
         return
     rows = q_len * heads
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    s_idx = row // heads
     length = tl.load(seq_lens_ptr + request)
-    keys = tl.minimum(tl.maximum(length, 0), capacity)
-    tiles = tl.cdiv(keys, BLOCK_N)
-    first = (piece.to(tl.int64) * tiles // count).to(tl.int32)
-    end = tl.minimum(((piece + 1).to(tl.int64) * tiles // count).to(tl.int32) * BLOCK_N, keys)
-    if CAUSAL:
-        newest = tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1
-        end = tl.minimum(end, keys - q_len + newest // heads + 1)
-        visible = tl.minimum(keys - q_len + s_idx + 1, end)
-    else:
-        visible = tl.full([BLOCK_M], 0, tl.int32) + end
+    start, end, visible = _key_range(
+        length, capacity, piece, count, tile, row, rows, q_len, heads, CAUSAL, BLOCK_M, BLOCK_N
+    )
     last = end - 1
 
     c = tl.arange(0, RANK)
@@ -261,7 +273,7 @@ def _mla_decode_transposed_kernel(
     q_at = (
         q_ptr
         + request.to(tl.int64) * stride_qb
-        + (s_idx.to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
+        + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
     q_c = tl.load(q_at[None, :] + c[:, None], mask=(row < rows)[None, :], other=0.0)
     q_r = tl.load(q_at[None, :] + (RANK + r)[:, None], mask=(row < rows)[None, :], other=0.0)
@@ -269,7 +281,6 @@ def _mla_decode_transposed_kernel(
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([RANK, BLOCK_M], tl.float32)
-    start = first * BLOCK_N
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
         # The rope part waits in registers, one tile ahead: three shared-memory stages of 64 x 512 keys and Q then fit

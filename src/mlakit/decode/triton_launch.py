@@ -69,6 +69,8 @@ def choose_config(
 
 
 def _preferred(rows: int, capability: tuple[int, int]) -> DecodeConfig:
+    # Chosen by arithmetic on registers, shared memory and bytes in flight, and by the SASS; not measured on a GPU yet
+    # (benchmarks/h200/decode.py --tune does that, the transposed form included).
     hopper = capability[0] == 9
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
         return DecodeConfig(16, 32, False, 4, 3, 2 if shared_limit(capability) > 200 * 1024 else 1)
