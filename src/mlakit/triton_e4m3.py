@@ -84,5 +84,5 @@ def divide(value, scale, inverse):
     One Newton step on the product: the remainder is exact in a fused multiply-add (Markstein's theorem).
     """
     quotient = value * inverse
-    # The remainder with its sign turned, twice: so -0 stays -0.
-    return tl.fma(-tl.fma(quotient, scale, -value), inverse, quotient)
+    refined = tl.fma(tl.fma(-quotient, scale, value), inverse, quotient)
+    return tl.where(quotient == 0, quotient, refined)  # adding the remainder would turn -0 into 0
