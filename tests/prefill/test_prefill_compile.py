@@ -47,7 +47,8 @@ def test_forward_does_not_spill(target, dims, rows, causal):
         _launch_forward(q, k, v, cu_q, cu_k, out, lse, softmax_scale=0.1, causal=causal, config=config)
     (kernel,) = compiled
     assert kernel.spills == 0
-    assert re.search(MATRIX[target], kernel.sass)
+    # Tiles of fewer than 64 rows have only the instruction of Ampere.
+    assert re.search(MATRIX[target if config.block_m >= 64 else 80], kernel.sass)
     assert ("UTMALDG" in kernel.sass) == config.tma
 
 

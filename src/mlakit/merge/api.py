@@ -1,5 +1,6 @@
 """`merge_states`: checks its inputs, picks an implementation, and says why one cannot run."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -91,10 +92,15 @@ def _check(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> None:
 def _why_not_triton(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> str | None:
     if torch.float64 in (outs[0].dtype, *(lse.dtype for lse in lses)):
         return "it computes in float32, got float64"
-    if outs[0].is_cuda:
-        found = capability(outs[0].device)
-        if found is None or found < (8, 0):
-            return f"it needs compute capability 8.0 or more, got {found}"
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device (or TRITON_INTERPRET=1), got {outs[0].device}"
-    return None
+    return _device_reason(str(outs[0].device))
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into what a device is
+def _device_reason(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not device.startswith("cuda"):
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
+    found = capability(device)
+    return None if found is not None and found >= (8, 0) else f"it needs compute capability 8.0 or more, got {found}"

@@ -1,5 +1,6 @@
 """`mla_prefill`: checks its inputs, picks an implementation, and says why one cannot run."""
 
+import importlib.util
 import math
 import os
 
@@ -132,13 +133,9 @@ def _check(
 def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
-    if q.is_cuda:
-        found = capability(q.device)
-        if found is None or found < (8, 0):
-            return f"it needs compute capability 8.0 or more, got {found}"
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device (or TRITON_INTERPRET=1), got {q.device}"
-    elif q.dtype == torch.bfloat16:
+    if (reason := _device_reason(str(q.device))) is not None:
+        return reason
+    if not q.is_cuda and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if qk_dim > MAX_QK_DIM or v_dim > MAX_V_DIM:
@@ -153,3 +150,14 @@ def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torc
                 f"got {x.shape[0]} at {x.stride(0)}"
             )
     return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into what a device is
+def _device_reason(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not device.startswith("cuda"):
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
+    found = capability(device)
+    return None if found is not None and found >= (8, 0) else f"it needs compute capability 8.0 or more, got {found}"
