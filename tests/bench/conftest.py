@@ -32,7 +32,9 @@ def row():
 
     def make(backend: str = "torch_absorb", batch_spec: str = "3q1s70_2q4s33", **fields) -> BenchmarkConfig:
         small = {"model": "tiny", "num_layers": 2, "block_size": 16, "dtype": "fp32", "device": "cpu", "repeats": 1}
-        return BenchmarkConfig(backend=backend, batch_spec=batch_spec, **{**small, "warmup_iters": 1, "l2": "hot", **fields})
+        return BenchmarkConfig(
+            backend=backend, batch_spec=batch_spec, **{**small, "warmup_iters": 1, "l2": "hot", **fields}
+        )
 
     return make
 

@@ -1,4 +1,6 @@
-"""Backends that go wrong, each in one way; for tests only. Named on the command line as misbehaving:Segfaults and so on."""
+"""Backends that go wrong, each in one way; for tests only. Named on the command line as misbehaving:Segfaults and so
+on.
+"""
 
 import ctypes
 import os

@@ -153,7 +153,7 @@ def _fit(columns: Sequence[_Column], lines: Sequence[Sequence[str]], width: int)
     """Indices of the columns that fit into `width`."""
     widths = [max(len(c.title), *(len(line[i]) for line in lines)) for i, c in enumerate(columns)]
     keep = list(range(len(columns)))
-    while sum(widths[i] + 2 for i in keep) > width:
+    while sum(widths[i] + 3 for i in keep) - 3 > width:  # rich sets columns three apart
         droppable = [i for i in keep if columns[i].keep > 0]
         if not droppable:
             break
