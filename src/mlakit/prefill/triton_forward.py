@@ -175,8 +175,9 @@ def _launch_forward(
     softmax_scale: float,
     causal: bool,
     config: PrefillConfig,
+    heads_at_once: int | None = None,
 ) -> None:
-    """Fill `out` and `lse`. Inputs are as `mla_prefill` has checked them."""
+    """Fill `out` and `lse`. Inputs are as `mla_prefill` has checked them. `heads_at_once` is there for measuring."""
     total_q, num_heads, qk_dim = q.shape
     v_dim = v.shape[-1]
     if total_q == 0:
@@ -209,7 +210,7 @@ def _launch_forward(
         batch,
         tiles,
         num_heads,
-        groups * heads_in_l2(k.shape[1], k.shape[0], batch, (qk_dim + v_dim) * k.element_size()),
+        heads_at_once or groups * heads_in_l2(k.shape[1], k.shape[0], batch, (qk_dim + v_dim) * k.element_size()),
         softmax_scale * 1.4426950408889634,
         q.stride(0),
         q.stride(1),
