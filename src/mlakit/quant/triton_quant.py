@@ -23,12 +23,15 @@ class ActQuantConfig:
 class WeightDequantConfig:
     """The tile of a program, and its warps.
 
-    `block_rows` divides the scales' block, `block_columns` is a multiple of it.
+    `block_rows` divides the scales' block, `block_columns` is a multiple of it. `narrow` reads 8 bytes a thread, so
+    that it keeps the elements it writes (16 bytes of bfloat16); otherwise it reads 16, and half of them change threads
+    through shared memory.
     """
 
     block_rows: int = 32
     block_columns: int = 128
     num_warps: int = 4
+    narrow: bool = True
 
 
 @triton.jit
@@ -74,6 +77,7 @@ def _weight_dequant_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    NARROW: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -81,7 +85,10 @@ def _weight_dequant_kernel(
     offs_m = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     offs_n = (pid % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     live = (offs_m[:, None] < rows) & (offs_n[None, :] < columns)
-    codes = tl.load(w_ptr + offs_m[:, None] * stride_w + offs_n[None, :], mask=live, other=0)
+    offs_w = offs_m[:, None] * stride_w + offs_n[None, :]
+    if NARROW:
+        offs_w = tl.max_contiguous(offs_w, (1, 8))
+    codes = tl.load(w_ptr + offs_w, mask=live, other=0)
     scales_ptr += (first // BLOCK_SIZE).to(tl.int64) * stride_s
     if BLOCK_COLUMNS == BLOCK_SIZE:
         out = e4m3_to_fp32(codes, NATIVE) * tl.load(scales_ptr + pid % column_blocks)
@@ -151,6 +158,7 @@ def launch_weight_dequant(
         BLOCK_SIZE=block_size,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
+        NARROW=config.narrow,
         NATIVE=has_e4m3(w.device),
         num_warps=config.num_warps,
     )

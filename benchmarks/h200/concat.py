@@ -1,0 +1,128 @@
+"""Speed of `concat_k` on a GPU: checked bit for bit, then timed beside the two PyTorch methods.
+
+    python benchmarks/h200/concat.py results.json            # the default configuration and the PyTorch methods
+    python benchmarks/h200/concat.py results.json --tune     # and every launch configuration worth a try
+    python benchmarks/h200/concat.py results.json --batches 32 65536
+
+Keys of DeepSeek-V3, [B, 128, 128] and [B, 1, 64], contiguous as in the seed's benchmark, and ("sliced") as the layer
+hands them over: a slice of [key, value] heads and the tail of the latent. Cold L2; the allocation of the result is
+included.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.bench.limits import measure_ceilings
+from mlakit.bench.timing import time_calls
+from mlakit.concat import concat_k, concat_k_cat
+from mlakit.concat.triton_concat import ConcatConfig, launch_concat
+
+HEADS, NOPE, ROPE = 128, 128, 64
+BATCHES = [32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
+TUNED_BATCHES = [32, 128, 512, 8192, 65536]
+CUDA = torch.device("cuda")
+
+
+def inputs(batch: int, dtype: torch.dtype, sliced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if sliced:
+        wide = torch.randn(batch, HEADS, 2 * NOPE, device=CUDA, dtype=torch.bfloat16).to(dtype)
+        latent = torch.randn(batch, 1, 576, device=CUDA, dtype=torch.bfloat16).to(dtype)
+        return wide[..., :NOPE], latent[..., 512:]
+    k_nope = torch.randn(batch, HEADS, NOPE, device=CUDA, dtype=torch.bfloat16).to(dtype)
+    return k_nope, torch.randn(batch, 1, ROPE, device=CUDA, dtype=torch.bfloat16).to(dtype)
+
+
+def configs(element_bytes: int) -> Iterator[ConcatConfig]:
+    for block_heads in (8, 16, 32, 64, 128):
+        for num_warps in (1, 2, 4, 8):
+            in_flight = block_heads * NOPE * element_bytes // (32 * num_warps)  # bytes a thread reads
+            if 16 <= in_flight <= 256 and block_heads * ROPE * element_bytes >= 512 * num_warps:
+                for streaming in (True, False):
+                    yield ConcatConfig(block_heads, num_warps, streaming)
+
+
+def candidates(
+    k_nope: torch.Tensor, k_pe: torch.Tensor, tune: bool
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    for impl in ("cat", "direct_copy", "triton"):
+        yield impl, partial(concat_k, k_nope, k_pe, impl=impl)
+    if not tune:
+        return
+    for config in configs(k_nope.element_size()):
+
+        def call(config: ConcatConfig = config) -> torch.Tensor:
+            out = torch.empty(*k_nope.shape[:2], NOPE + ROPE, dtype=k_nope.dtype, device=CUDA)
+            launch_concat(k_nope, k_pe, out, config)
+            return out
+
+        stores = "cs" if config.streaming else "wb"
+        yield f"triton h{config.block_heads} w{config.num_warps} {stores}", call
+
+
+def measure(
+    batch: int, dtype: torch.dtype, sliced: bool, tune: bool, repeats: int, copy: float
+) -> list[dict[str, Any]]:
+    k_nope, k_pe = inputs(batch, dtype, sliced)
+    expected = concat_k_cat(k_nope, k_pe).view(torch.uint8)
+    moved = (k_nope.numel() + k_pe.numel()) * k_nope.element_size() + expected.numel()
+    rows: list[dict[str, Any]] = []
+    for name, call in candidates(k_nope, k_pe, tune):
+        call().view(torch.uint8).fill_(0xFF)  # the memory that the next call's result will get
+        if not torch.equal(call().view(torch.uint8), expected):
+            print(f"{batch:6} {name:24} WRONG")
+            continue
+        timing = time_calls([call], CUDA, repeats=repeats)
+        rows.append(
+            {
+                "op": "concat_k",
+                "batch": batch,
+                "heads": HEADS,
+                "nope": NOPE,
+                "rope": ROPE,
+                "dtype": str(dtype).removeprefix("torch."),
+                "inputs": "sliced" if sliced else "contiguous",
+                "impl": name,
+                "median_s": timing.median,
+                "mean_s": timing.mean,
+                "ci95_s": list(timing.ci95),
+                "tb_per_s": moved / timing.median * 1e-12,
+                "fraction_of_copy": moved / timing.median / copy,
+            }
+        )
+    peer = min(row["median_s"] for row in rows if row["impl"] in ("cat", "direct_copy"))
+    for row in sorted(rows, key=lambda row: row["median_s"]):
+        row["ratio_to_peer"] = peer / row["median_s"]
+        print(
+            f"{row['dtype']:13} {row['inputs']:10} {batch:6} {row['impl']:24} {row['median_s'] * 1e6:9.2f} us "
+            f"{row['tb_per_s']:5.2f} TB/s  {row['fraction_of_copy']:5.3f} of copy {row['ratio_to_peer']:5.2f}x PyTorch",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tune", action="store_true", help="time every launch configuration, on fewer batches")
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--repeats", type=int, default=50)
+    args = parser.parse_args()
+    copy = measure_ceilings(CUDA).copy_bytes_per_s
+    print(f"copy ceiling {copy * 1e-12:.2f} TB/s")
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        for batch in args.batches or (TUNED_BATCHES if args.tune else BATCHES):
+            rows += measure(batch, dtype, False, args.tune, args.repeats, copy)
+            args.output.write_text(json.dumps(rows, indent=1))
+        rows += measure(8192, dtype, True, args.tune, args.repeats, copy)
+    args.output.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

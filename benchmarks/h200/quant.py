@@ -1,0 +1,354 @@
+"""Speed of the float8 and cache operations on a GPU: each checked against its reference, then timed.
+
+    python benchmarks/h200/quant.py results.json                     # the default configurations and the baselines
+    python benchmarks/h200/quant.py results.json --tune              # and every launch configuration worth a try
+    python benchmarks/h200/quant.py results.json --only fp8_gemm     # one operation
+
+Baselines: eager PyTorch (the reference) for what moves bytes; for the product PyTorch's bfloat16 matmul, cuBLAS's
+blockwise float8 (`torch._scaled_mm`) and DeepGEMM, where they are there. Cold L2; allocations of results are included.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.bench.limits import measure_ceilings
+from mlakit.bench.timing import time_calls
+from mlakit.cache import append_latent, gather_latent, pack_fp8
+from mlakit.cache.reference import append_latent_reference, gather_latent_reference
+from mlakit.cache.triton_append import AppendConfig, launch_append
+from mlakit.cache.triton_gather import GatherConfig, launch_gather
+from mlakit.quant import act_quant, fp8_gemm, weight_dequant, weight_quant
+from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
+from mlakit.quant.triton_gemm import GemmConfig, launch_fp8_gemm
+from mlakit.quant.triton_quant import ActQuantConfig, WeightDequantConfig, launch_act_quant, launch_weight_dequant
+from mlakit.testing import compare
+
+CUDA = torch.device("cuda")
+BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
+Call = Callable[[], object]
+
+ACT_SHAPES = [(128, 7168), (4096, 7168), (32768, 7168)]
+WEIGHT_SHAPES = [(2048, 7168), (7168, 18432)]
+# m, n, k of DeepSeek-V3: the latent's down-projection, an expert's, the dense MLP's and attention's output.
+GEMM_SHAPES = [
+    (16, 7168, 2048), (128, 7168, 16384), (4096, 576, 7168), (4096, 4096, 7168), (4096, 7168, 7168),
+    (4096, 7168, 16384), (4096, 18432, 7168), (8192, 7168, 7168), (8192, 8192, 8192),
+]  # fmt: skip
+TUNED_GEMM_SHAPES = [(16, 7168, 2048), (128, 7168, 16384), (4096, 7168, 7168), (8192, 8192, 8192)]
+APPEND_TOKENS = [128, 4096, 65536]
+GATHER_LENS = [[8192] * 8, [1024] * 128]
+
+
+@dataclass
+class Job:
+    """One operation on one shape: what counts as right, how much it moves and computes, and who takes part."""
+
+    op: str
+    shape: str
+    least_bytes: float
+    flops: float
+    wrong: Callable[[Any], str]
+    candidates: list[tuple[str, Call]]
+    peers: tuple[str, ...]
+    written: torch.Tensor | None = None  # what the calls write in place
+
+
+def _differs(what: bool) -> str:
+    return "" if what else "differs from the reference"
+
+
+def _unequal(expected: torch.Tensor, got: torch.Tensor) -> str:
+    return _differs(torch.equal(got, expected))
+
+
+def tuned_act_quant(x: torch.Tensor, config: ActQuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty_like(x, dtype=F8)
+    scales = x.new_empty(x.shape[0], x.shape[1] // 128, dtype=torch.float32)
+    launch_act_quant(x, codes, scales, block_size=128, ue8m0=False, config=config)
+    return codes, scales
+
+
+def tuned_weight_dequant(w: torch.Tensor, scales: torch.Tensor, config: WeightDequantConfig) -> torch.Tensor:
+    out = torch.empty_like(w, dtype=BF16)
+    launch_weight_dequant(w, scales, out, block_size=128, config=config)
+    return out
+
+
+def tuned_gemm(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, config: GemmConfig
+) -> torch.Tensor:
+    out = torch.empty(a.shape[0], b.shape[0], device=CUDA, dtype=BF16)
+    launch_fp8_gemm(a, a_scales, b, b_scales, out, config)
+    return out
+
+
+def tuned_append(tensors: tuple[torch.Tensor, ...], config: AppendConfig) -> None:
+    kv, weight, cos, sin, cache, slots = tensors
+    launch_append(kv, weight, cos, sin, cache, slots, None, eps=1e-6, interleaved=True, ue8m0=False, config=config)
+
+
+def tuned_gather(tensors: tuple[torch.Tensor, ...], total: int, config: GatherConfig) -> torch.Tensor:
+    cache, table, cu_seqlens = tensors
+    out = torch.empty(total, 576, device=CUDA, dtype=BF16)
+    launch_gather(cache, table, cu_seqlens, None, out, kv_lora_rank=512, config=config)
+    return out
+
+
+def act_quant_jobs(tune: bool) -> Iterator[Job]:
+    for shape in ACT_SHAPES:
+        x = torch.randn(shape, device=CUDA, dtype=BF16)
+        expected, expected_scales = act_quant_reference(x)
+        candidates: list[tuple[str, Call]] = [
+            ("reference", partial(act_quant_reference, x)),
+            ("triton", partial(act_quant, x)),
+            ("triton ue8m0", partial(act_quant, x, scale_fmt="ue8m0")),
+        ]
+        if tune:
+            for elements in (1024, 2048, 4096, 8192, 16384):
+                for num_warps in (1, 2, 4, 8):
+                    if 16 <= elements // (32 * num_warps) <= 128:
+                        config = ActQuantConfig(elements, num_warps)
+                        candidates.append((f"triton e{elements} w{num_warps}", partial(tuned_act_quant, x, config)))
+
+        def wrong(got: Any, codes: torch.Tensor = expected, scales: torch.Tensor = expected_scales) -> str:
+            if not torch.equal(got[1], scales):  # ue8m0: the values must be near all the same
+                near = got[0].float().unflatten(-1, (-1, 128)) * got[1][..., None]
+                want = codes.float().unflatten(-1, (-1, 128)) * scales[..., None]
+                return _differs(bool(((near - want).norm() < 0.05 * want.norm()).item()))
+            return _differs(torch.equal(got[0].view(torch.uint8), codes.view(torch.uint8)))
+
+        moved = x.numel() * 3 + expected_scales.numel() * 4
+        yield Job("act_quant", "x".join(map(str, shape)), moved, 0, wrong, candidates, ("reference",))
+
+
+def weight_dequant_jobs(tune: bool) -> Iterator[Job]:
+    for shape in WEIGHT_SHAPES:
+        codes, scales = weight_quant(torch.randn(shape, device=CUDA))
+        expected = weight_dequant_reference(codes, scales)
+        candidates: list[tuple[str, Call]] = [
+            ("reference", partial(weight_dequant_reference, codes, scales)),
+            ("triton", partial(weight_dequant, codes, scales)),
+        ]
+        if tune:
+            for rows in (8, 16, 32, 64, 128):
+                for columns in (128, 256, 512):
+                    for num_warps in (2, 4, 8):
+                        for narrow in (True, False):
+                            if 16 <= rows * columns // (32 * num_warps) <= 64:
+                                config = WeightDequantConfig(rows, columns, num_warps, narrow)
+                                kind = "n8" if narrow else "n16"
+                                call = partial(tuned_weight_dequant, codes, scales, config)
+                                candidates.append((f"triton {rows}x{columns} w{num_warps} {kind}", call))
+        wrong = partial(_unequal, expected)
+        moved = codes.numel() * 3 + scales.numel() * 4
+        yield Job("weight_dequant", "x".join(map(str, shape)), moved, 0, wrong, candidates, ("reference",))
+
+
+def gemm_configs(m: int) -> Iterator[GemmConfig]:
+    if m <= 16:
+        for block_n, num_warps, num_stages in [
+            (16, 4, 6),
+            (32, 4, 4),
+            (32, 4, 5),
+            (32, 4, 8),
+            (64, 4, 4),
+            (64, 4, 6),
+            (32, 2, 5),
+        ]:
+            yield GemmConfig(16, block_n, num_warps, num_stages)
+        return
+    tiles = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+    for block_m, block_n, num_warps in tiles:
+        for num_stages in (3, 4, 5, 6):
+            if (block_m + block_n) * 128 * num_stages <= 220 * 1024:
+                for group_m in (8, 16) if num_stages == 4 else (8,):
+                    yield GemmConfig(block_m, block_n, num_warps, num_stages, group_m)
+
+
+def gemm_peers(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor) -> Iterator[tuple[str, Call]]:
+    wide_a, wide_b = a.to(BF16), b.to(BF16)
+    yield "torch bf16 (other numbers)", lambda: wide_a @ wide_b.T
+    outer = a_s.T.contiguous().T  # cuBLAS wants the scales of a run of rows side by side
+    yield "torch._scaled_mm", lambda: torch._scaled_mm(a, b.T, scale_a=outer, scale_b=b_s.T, out_dtype=BF16)
+    try:
+        deep_gemm = importlib.import_module("deep_gemm")
+    except (ImportError, OSError) as error:
+        print(f"no DeepGEMM: {error}", file=sys.stderr)
+        return
+
+    def call() -> torch.Tensor:
+        out = torch.empty(a.shape[0], b.shape[0], device=CUDA, dtype=BF16)
+        deep_gemm.fp8_gemm_nt((a, a_s), (b, b_s), out)
+        return out
+
+    yield "deep_gemm", call
+
+
+def gemm_jobs(tune: bool) -> Iterator[Job]:
+    for m, n, k in TUNED_GEMM_SHAPES if tune else GEMM_SHAPES:
+        a, a_scales = act_quant(torch.randn(m, k, device=CUDA, dtype=BF16))
+        b, b_scales = weight_quant(torch.randn(n, k, device=CUDA))
+        some = torch.randperm(m, device=CUDA)[:256]  # rows held against float64
+        checked = (a[some], a_scales[some], b, b_scales)
+        expected, eager = fp8_gemm_reference(*checked, torch.float64), fp8_gemm_reference(*checked)
+        candidates = [*gemm_peers(a, a_scales, b, b_scales)]
+        candidates.append(("triton", partial(fp8_gemm, a, a_scales, b, b_scales)))
+        if tune:
+            for config in gemm_configs(m):
+                name = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} g{config.group_m}"
+                candidates.append((f"triton {name}", partial(tuned_gemm, a, a_scales, b, b_scales, config)))
+
+        def wrong(got: Any, expected: Any = expected, eager: Any = eager, some: Any = some) -> str:
+            return compare(got[some], expected, eager).reason
+
+        moved = a.numel() + b.numel() + 2 * m * n + 4 * (a_scales.numel() + b_scales.numel())
+        peers = ("torch._scaled_mm", "deep_gemm")
+        yield Job("fp8_gemm", f"{m}x{n}x{k}", moved, 2.0 * m * n * k, wrong, candidates, peers)
+
+
+def append_jobs(tune: bool) -> Iterator[Job]:
+    for tokens in APPEND_TOKENS:
+        for is_fp8 in (False, True):
+            kv = torch.randn(tokens, 576, device=CUDA, dtype=BF16)
+            weight = torch.rand(512, device=CUDA, dtype=BF16)
+            angles = torch.rand(tokens, 32, device=CUDA)
+            slots = torch.randperm(tokens + 64, device=CUDA)[:tokens]
+            pages, width, dtype = tokens // 64 + 2, 656 if is_fp8 else 576, torch.uint8 if is_fp8 else BF16
+            cache = torch.zeros(pages, 64, width, dtype=dtype, device=CUDA)
+            expected = torch.zeros_like(cache)
+            rest = (kv, weight, angles.cos(), angles.sin())
+            append_latent_reference(*rest, expected, slots)
+            written = cache.view(-1, width)
+
+            def check(got: Any, written: Any = written, expected: Any = expected) -> str:
+                if written.dtype == torch.uint8:  # a last bit of the latent may turn a code
+                    return _differs(bool((written != expected.view_as(written)).float().mean() < 0.01))
+                return compare(written, expected.view_as(written).double(), expected.view_as(written)).reason
+
+            candidates: list[tuple[str, Call]] = [
+                ("reference", partial(append_latent_reference, *rest, cache, slots)),
+                ("triton", partial(append_latent, *rest, cache, slots)),
+            ]
+            for num_warps in (1, 2, 4) if tune else ():
+                tuned = partial(tuned_append, (*rest, cache, slots), AppendConfig(num_warps))
+                candidates.append((f"triton w{num_warps}", tuned))
+            moved = tokens * (1152 + width * cache.element_size() + 256 + 8)
+            name = f"{tokens} {'656-byte' if is_fp8 else 'bf16'}"
+            yield Job("append_latent", name, moved, 0, check, candidates, ("reference",), written=cache)
+
+
+def gather_jobs(tune: bool) -> Iterator[Job]:
+    for lens in GATHER_LENS:
+        for is_fp8 in (False, True):
+            total, count = sum(lens), lens[0] // 64
+            cache = torch.randn(total // 64, 64, 576, device=CUDA, dtype=BF16)
+            if is_fp8:
+                cache = pack_fp8(cache[..., :512], cache[..., 512:])
+            table = torch.randperm(total // 64, device=CUDA, dtype=torch.int32).view(len(lens), count)
+            cu_seqlens = torch.arange(len(lens) + 1, device=CUDA, dtype=torch.int32) * lens[0]
+            expected = gather_latent_reference(cache, table, cu_seqlens, total)
+            candidates: list[tuple[str, Call]] = [
+                ("reference", partial(gather_latent_reference, cache, table, cu_seqlens, total)),
+                ("triton", partial(gather_latent, cache, table, cu_seqlens, total)),
+            ]
+            for block in (4, 8, 16, 32) if tune else ():
+                for num_warps in (1, 2, 4, 8):
+                    if 1 <= block // num_warps <= 8:
+                        tuned = partial(tuned_gather, (cache, table, cu_seqlens), total, GatherConfig(block, num_warps))
+                        candidates.append((f"triton t{block} w{num_warps}", tuned))
+            wrong = partial(_unequal, expected)
+            moved = total * (cache.shape[2] * cache.element_size() + 1152)
+            name = f"{len(lens)}x{lens[0]} {'656-byte' if is_fp8 else 'bf16'}"
+            yield Job("gather_latent", name, moved, 0, wrong, candidates, ("reference",))
+
+
+JOBS = {
+    "act_quant": act_quant_jobs,
+    "weight_dequant": weight_dequant_jobs,
+    "fp8_gemm": gemm_jobs,
+    "append_latent": append_jobs,
+    "gather_latent": gather_jobs,
+}
+
+
+def answer(job: Job, call: Call) -> object:
+    """The result of a call, in memory that held NaN before: the last call's answer may lie in what the allocator hands
+    out.
+    """
+    first = call()
+    for tensor in first if isinstance(first, tuple) else (first, job.written):
+        if isinstance(tensor, torch.Tensor):
+            tensor.view(torch.uint8).fill_(0xFF if job.written is None else 0)
+    del first
+    return call()
+
+
+def measure(job: Job, repeats: int, copy: float) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, call in job.candidates:
+        try:
+            reason = "" if "other numbers" in name else job.wrong(answer(job, call))
+            if reason:
+                print(f"{job.op:15} {job.shape:18} {name:28} WRONG: {reason}")
+                continue
+            timing = time_calls([call], CUDA, repeats=5 if name == "reference" else repeats)
+        except Exception as error:  # a peer may fail in any way; its line says how
+            if "illegal" in str(error) or "unspecified launch" in str(error):
+                raise  # nothing after it on this device can be believed
+            print(f"{job.op:15} {job.shape:18} {name:28} {type(error).__name__}: {str(error).splitlines()[:1]}"[:200])
+            continue
+        rows.append(
+            {
+                "op": job.op,
+                "shape": job.shape,
+                "impl": name,
+                "median_s": timing.median,
+                "ci95_s": list(timing.ci95),
+                "tb_per_s": job.least_bytes / timing.median * 1e-12,
+                "fraction_of_copy": job.least_bytes / timing.median / copy,
+                "tflop_per_s": job.flops / timing.median * 1e-12 if job.flops else None,
+            }
+        )
+    peer = min((row["median_s"] for row in rows if row["impl"] in job.peers), default=None)
+    for row in sorted(rows, key=lambda row: row["median_s"]):
+        row["ratio_to_peer"] = peer / row["median_s"] if peer else None
+        compute = (
+            f"{row['tflop_per_s']:7.0f} TFLOP/s" if row["tflop_per_s"] else f"{row['fraction_of_copy']:7.2f} of copy"
+        )
+        ratio = f"{row['ratio_to_peer']:6.2f}x {'/'.join(job.peers)}" if peer else ""
+        print(
+            f"{job.op:15} {job.shape:18} {row['impl']:28} {row['median_s'] * 1e6:9.1f} us {row['tb_per_s']:5.2f} TB/s "
+            f"{compute} {ratio}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tune", action="store_true", help="time every launch configuration")
+    parser.add_argument("--only", choices=JOBS, nargs="+", help="only these operations")
+    parser.add_argument("--repeats", type=int, default=50)
+    args = parser.parse_args()
+    copy = measure_ceilings(CUDA).copy_bytes_per_s
+    print(f"copy ceiling {copy * 1e-12:.2f} TB/s")
+    rows: list[dict[str, Any]] = []
+    for name in args.only or JOBS:
+        for job in JOBS[name](args.tune):
+            rows += measure(job, args.repeats, copy)
+            args.output.write_text(json.dumps(rows, indent=1))
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
