@@ -228,7 +228,8 @@ def append_jobs(tune: bool) -> Iterator[Job]:
             rest = (kv, weight, angles.cos(), angles.sin())
             append_latent_reference(*rest, expected, slots)
             exact = torch.zeros(pages, 64, 576, dtype=torch.float64, device=CUDA)
-            append_latent_reference(*(t.double() for t in rest), exact, slots)
+            wide_kv, wide_weight, wide_cos, wide_sin = (tensor.double() for tensor in rest)
+            append_latent_reference(wide_kv, wide_weight, wide_cos, wide_sin, exact, slots)
             written = cache.view(-1, width)
 
             def check(got: Any, written: Any = written, expected: Any = expected, exact: Any = exact) -> str:
