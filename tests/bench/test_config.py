@@ -227,4 +227,3 @@ def test_key_does_not_depend_on_the_order_of_parameters():
     )
     assert one.key == other.key
     assert one.key != one.model_copy(update={"parameters": {"a": 2, "b": 1}}).key
-

@@ -157,7 +157,9 @@ def test_range_values(variable, values):
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 20), st.booleans())
 def test_range_values_by_definition(start, stop, step, end):
     found = RangeVariable(start=start, stop=stop, step=step, end_inclusive=end).values()
-    assert found == [n for n in range(100) if start <= n and (n - start) % step == 0 and (n < stop or end and n == stop)]
+    assert found == [
+        n for n in range(100) if start <= n and (n - start) % step == 0 and (n < stop or end and n == stop)
+    ]
 
 
 def test_several_variables_give_the_product_the_last_fastest():
@@ -319,7 +321,11 @@ def test_unknown_keys_are_counted(refusal):
     [
         ("batch_specs:\n  - q1\n  - q0\n", 3, 'batch_specs.1: batch spec "q0": segment 1 ("q0") has q_len 0'),
         ("batch_specs: q1\n", 1, "batch_specs: input should be a valid list, got 'q1'"),
-        ("backends:\n  - sdpa\n  - FLASHMLAA\n", 3, "backends.1: unknown backend 'FLASHMLAA'; did you mean 'flashmla'?"),
+        (
+            "backends:\n  - sdpa\n  - FLASHMLAA\n",
+            3,
+            "backends.1: unknown backend 'FLASHMLAA'; did you mean 'flashmla'?",
+        ),
         ("description: x\nbackend: sdp\n", 2, "backend: unknown backend 'sdp'; did you mean 'sdpa'?"),
         ("description: x\nmodel: tinny\n", 2, "model.name: unknown model 'tinny'; did you mean 'tiny'?"),
         ("model:\n  num_layers: 1\n  name: tinny\n", 3, "model.name: unknown model 'tinny'; did you mean 'tiny'?"),

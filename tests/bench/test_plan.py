@@ -107,7 +107,12 @@ def test_flags_win_and_a_note_says_so(load, flags, read, expected, notes):
 @pytest.mark.parametrize(
     "flags",
     # What the file says too, and what it does not say at all: nothing is replaced.
-    [{"benchmark": {"repeats": 5}}, {"benchmark": {"seed": 3}}, {"model": {"num_layers": 2}}, {"output": {"json": "a"}}],
+    [
+        {"benchmark": {"repeats": 5}},
+        {"benchmark": {"seed": 3}},
+        {"model": {"num_layers": 2}},
+        {"output": {"json": "a"}},
+    ],
 )
 def test_no_note_where_nothing_is_replaced(load, flags):
     assert settings_for(load(FILE), flags, cpu=False).notes == []
@@ -179,7 +184,12 @@ def test_settings_reach_the_rows():
 @pytest.mark.parametrize(
     ("device", "given", "dtype"),
     # bf16 is what GPUs compute fastest and most CPUs slowest; "auto" is the same as saying nothing.
-    [("cpu", {}, "fp32"), ("cuda:0", {}, "bf16"), ("cuda:1", {"dtype": "auto"}, "bf16"), ("cpu", {"dtype": "bf16"}, "bf16")],
+    [
+        ("cpu", {}, "fp32"),
+        ("cuda:0", {}, "bf16"),
+        ("cuda:1", {"dtype": "auto"}, "bf16"),
+        ("cpu", {"dtype": "bf16"}, "bf16"),
+    ],
 )
 def test_dtype_follows_from_the_device(device, given, dtype):
     (row,) = plan(device, **ONE, benchmark={"device": "auto", **given}).rows

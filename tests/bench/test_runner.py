@@ -150,8 +150,8 @@ def test_sigkill_in_the_middle_then_resume(tmp_path, support):
     output = tmp_path / "out.json"
     command = [
         sys.executable, "-m", "mlakit", "bench", "--backends", "torch_absorb", "sdpa", "torch_naive", "--model", "tiny",
-        "--batch-specs", "q1s9", "3q1s40", "2q5s21", "q17", "q9_2q1s30", "--device", "cpu", "--num-layers", "1", "--repeats", "1",
-        "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv"),
+        "--batch-specs", "q1s9", "3q1s40", "2q5s21", "q17", "q9_2q1s30", "--device", "cpu", "--num-layers", "1",
+        "--repeats", "1", "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
     assert process.stderr is not None
