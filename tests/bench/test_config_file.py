@@ -11,7 +11,7 @@ def load(tmp_path, monkeypatch):
     """Loads a config from its text; the file is called mine.yaml."""
     monkeypatch.chdir(tmp_path)
 
-    def from_text(text: str):
+    def from_text(text: str) -> config_file.LoadedConfig:
         (tmp_path / "mine.yaml").write_text(text)
         return config_file.load("mine.yaml")
 
@@ -158,7 +158,7 @@ def test_range_values(variable, values):
 def test_range_values_by_definition(start, stop, step, end):
     found = RangeVariable(start=start, stop=stop, step=step, end_inclusive=end).values()
     assert found == [
-        n for n in range(100) if start <= n and (n - start) % step == 0 and (n < stop or end and n == stop)
+        n for n in range(100) if start <= n and (n - start) % step == 0 and (n < stop or (end and n == stop))
     ]
 
 

@@ -18,7 +18,9 @@ def row(spec: str, pipeline: str, median: float | None, backend: str = "sdpa") -
     return BenchmarkResult(config=config, timing=timing)
 
 
-def curve(times: dict[int, tuple[float | None, float | None]], template: str = "q{}s1k", backend: str = "sdpa"):
+def curve(
+    times: dict[int, tuple[float | None, float | None]], template: str = "q{}s1k", backend: str = "sdpa"
+) -> list[BenchmarkResult]:
     """Rows from {q_len: (decode, prefill)}."""
     return [
         row(template.format(q), name, median, backend)

@@ -1,17 +1,18 @@
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from mlakit.backends import registry
 from mlakit.bench import config_file
 from mlakit.bench.config_file import ConfigFile
-from mlakit.bench.plan import MODEL_PARAMETERS, attention_of, make_plan, settings_for
+from mlakit.bench.plan import MODEL_PARAMETERS, Plan, attention_of, make_plan, settings_for
 
-ONE = {"batch_specs": ["q4s1k"], "backends": ["sdpa"], "model": {"name": "tiny"}}
+ONE: dict[str, Any] = {"batch_specs": ["q4s1k"], "backends": ["sdpa"], "model": {"name": "tiny"}}
 
 
-def plan(device: str = "cpu", **flags):
+def plan(device: str = "cpu", /, **flags: Any) -> Plan:
     """The plan of flags alone."""
     return make_plan(settings_for(None, flags, cpu=device == "cpu"), device)
 
@@ -20,7 +21,7 @@ def plan(device: str = "cpu", **flags):
 def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def from_text(text: str):
+    def from_text(text: str) -> config_file.LoadedConfig:
         (tmp_path / "mine.yaml").write_text(text)
         return config_file.load("mine.yaml")
 

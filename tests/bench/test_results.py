@@ -88,7 +88,7 @@ def full_record() -> Record:
 def test_derived_figures():
     row = full_row()
     assert row.success
-    assert (row.median_time, row.mean_time, row.std_time) == (2e-3, 2.25e-3, 5e-4)
+    assert (row.median_time, row.mean_time, row.std_time) == pytest.approx((2e-3, 2.25e-3, 5e-4))
     assert (row.min_time, row.max_time) == (1e-3, 4e-3)
     assert row.throughput_tokens_per_sec == pytest.approx(8 / 2e-3)  # 8 requests of one new token
     assert row.fraction_of_limit == pytest.approx(0.25)
