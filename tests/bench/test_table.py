@@ -162,7 +162,7 @@ def test_it_fits_and_says_what_it_left_out(width):
 
 
 def test_the_least_important_goes_first():
-    kept = [set(header(plain(shown(MANY, width)))) for width in range(160, 30, -1)]
+    kept = [set(header(plain(shown(MANY[:3], width)))) for width in range(140, 30, -1)]
     for wider, narrower in pairwise(kept):
         assert narrower <= wider
     order = list(dict.fromkeys(name for wider, narrower in pairwise(kept) for name in wider - narrower))
