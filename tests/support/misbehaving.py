@@ -189,3 +189,14 @@ class Standard(Backend):
 
     def availability(self, device):
         return Available("1.0")
+
+
+class IllegalAddress(_Like):
+    """An index far outside, on the GPU: every later CUDA call of the process fails."""
+
+    name = "illegal_address"
+
+    def spoil(self, out):
+        out.flatten()[torch.tensor([2**40], device=out.device)]
+        torch.cuda.synchronize()
+        return out
