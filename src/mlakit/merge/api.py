@@ -95,7 +95,6 @@ def _why_not_triton(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> str |
     return _device_reason(str(outs[0].device))
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look into what a device is
 def _device_reason(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -104,3 +103,8 @@ def _device_reason(device: str) -> str | None:
         return None if interpreted else f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
     found = capability(device)
     return None if found is not None and found >= (8, 0) else f"it needs compute capability 8.0 or more, got {found}"
+
+
+# torch.compile need not look into what a device is. This is all that torch.compiler.assume_constant_result does, but
+# that one imports torch._dynamo, and with it triton, on the spot.
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
