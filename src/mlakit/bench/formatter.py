@@ -61,7 +61,7 @@ class ResultsFormatter:
 
 _CSV_COLUMNS = (
     "backend", "label", "batch_spec", "status", "median_time", "mean_time", "std_time", "min_time", "max_time",
-    "ci95_low", "ci95_high", "samples", "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
+    "ci95_low", "ci95_high", "samples", "host_time", "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
     "memory_allocated_mb", "memory_reserved_mb", "memory_temporary_mb", "max_error", "rms_error", "sm_clock",
     "backend_version", "error",
 )  # fmt: skip
@@ -78,6 +78,7 @@ def _flat(row: BenchmarkResult) -> dict[str, Any]:
         "ci95_low": timing.ci95[0] if timing else None,
         "ci95_high": timing.ci95[1] if timing else None,
         "samples": len(timing.samples) if timing else None,
+        "host_time": timing.host if timing else None,
         "limit_seconds": limit.seconds if limit else None,
         "limit_bound": limit.bound if limit else None,
         "flops": limit.flops if limit else None,

@@ -34,7 +34,7 @@ class _Model(BaseModel):
 
 
 class TimingRow(_Model):
-    """Times of one call on one layer, in seconds."""
+    """Times of one call on one layer, in seconds; `host` is what the calling thread spends in it (None on a CPU)."""
 
     median: float
     mean: float
@@ -44,6 +44,7 @@ class TimingRow(_Model):
     p20: float
     p80: float
     ci95: tuple[float, float]
+    host: float | None = None
     samples: list[float]
 
 

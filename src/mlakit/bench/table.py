@@ -82,6 +82,10 @@ def _tokens(row: BenchmarkResult, batch: _Batch) -> str:
     return rate(row.throughput_tokens_per_sec, "").rstrip() if row.throughput_tokens_per_sec else ""
 
 
+def _host(row: BenchmarkResult, batch: _Batch) -> str:
+    return seconds(row.timing.host) if row.timing and row.timing.host is not None else ""
+
+
 def _mode(row: BenchmarkResult, batch: _Batch) -> str:
     return "+".join(dict.fromkeys(mode for mode in row.modes.values() if mode != "standard"))
 
@@ -105,6 +109,7 @@ def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
         _Column("rate", _rate, 4),
         _Column("tokens/s", _tokens, 5),
         _Column("vs best", _relative, 1),
+        _Column("host", _host, 9),
         _Column("check", _checked, 3),
     ]
     if not one_size:

@@ -19,9 +19,14 @@ _BOOTSTRAP_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of one job, in seconds, and what follows from them."""
+    """Samples of one job, in seconds, and what follows from them.
+
+    `host` is the median time that the calling thread spends in a call on a GPU (None on a CPU): a caller without CUDA
+    graphs whose host time is above the median cannot keep the GPU busy with these calls alone.
+    """
 
     samples: tuple[float, ...]
+    host: float | None = None
 
     @property
     def median(self) -> float:
@@ -68,6 +73,8 @@ class Timing:
 
 
 class _Clock(Protocol):
+    host: float | None
+
     def sample(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Run each call once, in order, and return the seconds each took."""
         ...
@@ -115,14 +122,14 @@ def time_calls(
     for i in range(warmup):
         calls[i % len(calls)]()
 
-    clock: _Clock = _CudaClock(device, l2) if device.type == "cuda" else _CpuClock(device, l2)
+    clock: _Clock = _CudaClock(device, l2, calls) if device.type == "cuda" else _CpuClock(device, l2)
     if repeats is not None:
-        return Timing(tuple(clock.sample(list(calls) * repeats)))
+        return Timing(tuple(clock.sample(list(calls) * repeats)), clock.host)
     pilot = clock.sample([calls[i % len(calls)] for i in range(3)])
     fewest = _FEWEST_SAMPLES[device.type]
     wanted = int(budget / max(float(np.median(pilot)), 1e-9))
     count = min(max(wanted, fewest), _MOST_SAMPLES)
-    return Timing(tuple(clock.sample([calls[i % len(calls)] for i in range(count)])))
+    return Timing(tuple(clock.sample([calls[i % len(calls)] for i in range(count)])), clock.host)
 
 
 def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -140,8 +147,18 @@ def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 class _CudaClock:
-    def __init__(self, device: torch.device, l2: str) -> None:
+    """Events around each call, with the GPU kept busy until the host has enqueued all of it.
+
+    Without that, a call that takes the host longer to launch than the GPU to run is measured as the host's launch time,
+    and how much of it depends on how long the flush before happens to take.
+    """
+
+    def __init__(self, device: torch.device, l2: str, calls: Sequence[Callable[[], object]]) -> None:
         self._flush = _flush_buffer(device) if l2 == "cold" else None
+        self.host = _host_seconds(calls)
+        # Three times the host's share, as it is busier with recording events besides; the GPU's clock is at most about
+        # 2 GHz.
+        self._head_start = int((3 * self.host + 20e-6) * 2e9)
 
     def sample(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         events = [
@@ -153,6 +170,7 @@ class _CudaClock:
                 self._flush.zero_()
             else:
                 call()
+            torch.cuda._sleep(self._head_start)
             start.record()
             call()
             end.record()
@@ -160,7 +178,20 @@ class _CudaClock:
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
 
+def _host_seconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time until a call returns while the GPU is idle, so that no full launch queue holds the host up."""
+    seconds = []
+    for i in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[i % len(calls)]()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
 class _CpuClock:
+    host = None
+
     def __init__(self, device: torch.device, l2: str) -> None:
         self._flush = _flush_buffer(device) if l2 == "cold" else None
 
