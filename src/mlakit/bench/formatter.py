@@ -61,7 +61,8 @@ class ResultsFormatter:
 
 _CSV_COLUMNS = (
     "backend", "label", "batch_spec", "status", "median_time", "mean_time", "std_time", "min_time", "max_time",
-    "ci95_low", "ci95_high", "samples", "host_time", "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
+    "ci95_low", "ci95_high", "samples", "host_time",
+    "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
     "memory_allocated_mb", "memory_reserved_mb", "memory_temporary_mb", "max_error", "rms_error", "sm_clock",
     "backend_version", "error",
 )  # fmt: skip

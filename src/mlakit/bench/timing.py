@@ -73,7 +73,8 @@ class Timing:
 
 
 class _Clock(Protocol):
-    host: float | None
+    @property
+    def host(self) -> float | None: ...
 
     def sample(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Run each call once, in order, and return the seconds each took."""
