@@ -71,6 +71,22 @@ def test_append_to_the_float8_cache(page_size, scale_fmt, dtype):
     assert (cache.view(-1, 656)[untouched] == 255).all()
 
 
+# A latent whose mean square is exactly 1 comes out as the weight itself, with the signs of the token: no rounding of the
+# norm is in the way, and every byte of the row must be that of the definition.
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_float8_row_is_bit_exact(scale_fmt, dtype):
+    for _ in range(20):
+        kv, weight, cos, sin = _tokens(64, 512, 64, dtype)
+        kv[:, :512] = kv[:, :512].sign() + (kv[:, :512] == 0)
+        cache = torch.zeros(1, 64, 656, dtype=torch.uint8, device="cuda")
+        expected, slots = cache.clone(), torch.randperm(64, device="cuda")
+        options: Any = {"eps": 0.0, "scale_fmt": scale_fmt}
+        append_latent(kv, weight, cos[:64], sin[:64], cache, slots, **options)
+        append_latent_reference(kv, weight, cos[:64], sin[:64], expected, slots, **options)
+        assert torch.equal(cache[..., :528], expected[..., :528])
+
+
 # Requests of no tokens at either end and between, one that just fills its pages, a page of one token, many requests;
 # rows that a CUDA graph pads, and a total that is too small. Pages nobody promised hold NaN, dead slots of the table a
 # page that is not there.
