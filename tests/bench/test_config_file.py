@@ -491,3 +491,55 @@ def test_a_config_survives_a_dump(load):
     assert again == content
     assert again.specs() == ["q1", "q2"]
     assert (again.output.json_, again.benchmark.repeats) == ("a.json", 3)
+
+
+def _load(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return config_file.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    # Each is a place where the line or the key once came out wrong: vLLM's spelling at the top, a misspelled required
+    # key, flow style inside on_cpu, values that only a whole range shows to be bad.
+    [
+        ("description: x\nbatch_specs: [q1]\nrepeats: 0\n", 3, "benchmark.repeats"),
+        ("batch_specs: [q1]\nbackends: [sdpa]\nflashmla: 5\n", 3, "flashmla"),
+        ("batch_specs: [q1]\nparameter_sweep: {param_name: a, valuess: [1]}\n", 2, "did you mean 'values'"),
+        ("batch_specs: [q1]\nbackends: [sdpa]\non_cpu: {foo: 1}\n", 3, "unknown key 'foo'"),
+        ("batch_specs: [q1]\nbenchmark: {dtype: bf16}\non_cpu: {benchmark: {repeats: 0}}\n", 3, "repeats"),
+        ("batch_specs: [q1]\nbackends: [sdpa]\nbatch_sizes:\n  - 1\n  - 0\n", 5, "batch_sizes.1"),
+        ("batch_spec_ranges:\n  - template: 'q{n}s2'\n    n: {start: 1, stop: 3}\n", 2, "shorter than"),
+        ("batch_spec_ranges:\n  - template: 'q{n}'\n    n: {start: 5, stop: 2}\n", 2, "hold no value"),
+        ("batch_specs: [q1]\nparameter_sweep:\n  param_name: a\n  values:\n    - 1.5\n", 5, "whole number or text"),
+        ("batch_specs: [q1]\nparameter_sweep: {param_name: a, values: [true]}\n", 2, "whole number or text"),
+        ("batch_specs: [q1]\nparameter_sweep: {param_name: a, values: [1], label_format: '{backend.x}'}\n",
+         2, "may use"),
+        ("batch_specs: [q1]\nFLASHMLA: {a: 1}\nflashmla: {b: 1}\n", 1, "flashmla are given twice"),
+        ("a: &a [*a]\n", 1, "alias refers to what it is part of"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_where_they_are(tmp_path, text, line, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is what is tested
+        _load(tmp_path, text)
+    assert f"mine.yaml:{line}: " in str(error.value)
+    assert words in str(error.value)
+    assert "and 1 more" not in str(error.value) or "valuess" in text
+
+
+def test_an_empty_backend_section_changes_nothing(tmp_path):
+    assert _load(
+        tmp_path, "batch_specs: [q1]\nbackends: [FLASHINFER_MLA]\nFLASHINFER_MLA:\n"
+    ).content.backend_parameters == {"flashinfer_mla": {}}
+
+
+def test_on_cpu_understands_every_spelling(tmp_path):
+    loaded = _load(
+        tmp_path,
+        "model: deepseek-v2-lite\nbatch_specs: [q1]\nbackend: sdpa\nrepeats: 5\n"
+        "on_cpu: {model: {num_layers: 1}, benchmark: {repeats: 1}, backends: [torch_naive]}\n",
+    )
+    assert (loaded.on_cpu.model.name, loaded.on_cpu.model.num_layers) == ("deepseek-v2-lite", 1)
+    assert (loaded.content.benchmark.repeats, loaded.on_cpu.benchmark.repeats) == (5, 1)
+    assert (loaded.content.backend_names(), loaded.on_cpu.backend_names()) == (["sdpa"], ["torch_naive"])

@@ -83,3 +83,21 @@ def test_a_q_len_of_which_one_pipeline_failed_is_left_out():
 )
 def test_nothing_to_compare(rows):
     assert find_crossovers(rows) == []
+
+
+def test_rows_that_differ_in_anything_else_are_curves_of_their_own():
+    def rows(heads, decode, prefill):
+        for pipeline, median in (("decode", decode), ("prefill", prefill)):
+            config = BenchmarkConfig(
+                backend="sdpa",
+                batch_spec="q4s64",
+                model="tiny",
+                num_q_heads=heads,
+                pipeline=pipeline,
+                label=f"sdpa_{heads}h_{pipeline}",
+            )
+            timing = TimingRow(median=median, mean=1, std=0, min=1, max=1, p20=1, p80=1, ci95=(1, 1), samples=[1])
+            yield BenchmarkResult(config=config, timing=timing)
+
+    found = find_crossovers([*rows(8, 1.0, 2.0), *rows(4, 2.0, 1.0)])
+    assert [(c.backend, c.threshold, c.next_q_len) for c in found] == [("sdpa_8h", 4, None), ("sdpa_4h", 0, 4)]

@@ -453,3 +453,35 @@ def test_planning_imports_no_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_libraries_without_an_adapter_take_any_parameter():
+    """The suite's own sweep of CUTLASS MLA: rows that say what is missing, and no refusal of the whole run."""
+    flags = {
+        "backends": ["cutlass_mla"],
+        "batch_specs": ["64q1s1k"],
+        "parameter_sweep": {"param_name": "num_kv_splits", "values": [1, 2]},
+    }
+    rows = make_plan(settings_for(None, flags, cpu=True), "cpu").rows
+    assert [row.parameters for row in rows] == [{"num_kv_splits": 1}, {"num_kv_splits": 2}]
+
+
+def test_without_model_or_backend_mla_is_measured():
+    made = make_plan(settings_for(None, {"batch_specs": ["q1s1k"]}, cpu=True), "cpu")
+    assert {row.attention for row in made.rows} == {"mla"}
+    assert {row.backend for row in made.rows} >= {"torch_naive", "torch_absorb", "sdpa"}
+
+
+def test_another_sweep_on_the_command_line_brings_its_own_labels():
+    loaded = config_file.load("speculative_decode")
+    flags = {"parameter_sweep": {"param_name": "num_q_heads", "values": [16]}, "batch_specs": ["q4s64"]}
+    rows = make_plan(settings_for(loaded, flags, cpu=True), "cpu").rows
+    assert {row.label for row in rows} == {"sdpa_num_q_heads_16"}
+
+
+@pytest.mark.parametrize("value", ["abc", 1.5, True])
+def test_a_size_that_is_no_number(value):
+    flags = {"backends": ["sdpa"], "batch_specs": ["q1"], "model": {"name": "tiny"}, "benchmark": {"attention": "mla"}}
+    sweep = {"param_name": "kv_lora_rank", "values": [value]}
+    with pytest.raises(ValueError, match=r"kv_lora_rank|whole number"):
+        make_plan(settings_for(None, {**flags, "parameter_sweep": sweep}, cpu=True), "cpu")

@@ -274,11 +274,25 @@ def test_permissions_follow_the_umask(tmp_path, umask):
     assert stat.S_IMODE((tmp_path / "r.txt").stat().st_mode) == 0o666 & ~umask
 
 
-def test_infinite_errors_survive(tmp_path):
-    # What a wrong result's error can be.
+def test_infinite_errors_become_null(tmp_path):
+    # What a wrong result's error can be, and JSON has no word for.
     check = CheckRow(
         max_error=math.inf, max_error_allowed=0.0, rms_error=math.inf, rms_error_allowed=0.0, cosine_distance=1.0
     )
     record = full_record().model_copy(update={"rows": [result(status="wrong", check=check)]})
     record.save(tmp_path / "r.json")
-    assert Record.load(tmp_path / "r.json") == record
+    loaded = Record.load(tmp_path / "r.json")
+    assert loaded == record
+    assert loaded.rows[0].check is not None
+    assert loaded.rows[0].check.max_error is None
+    assert loaded.rows[0].check.cosine_distance == 1.0
+
+
+def test_a_record_loads_where_its_backend_is_not_installed(tmp_path):
+    record = full_record()
+    record.save(tmp_path / "r.json")
+    name = record.rows[0].config.backend
+    text = (tmp_path / "r.json").read_text().replace(f'"backend": "{name}"', '"backend": "somebody_elses"')
+    assert "somebody_elses" in text
+    (tmp_path / "r.json").write_text(text)
+    assert "somebody_elses" in {row.config.backend for row in Record.load(tmp_path / "r.json").rows}

@@ -28,6 +28,7 @@ WITHOUT_ADAPTER: dict[str, frozenset[Attention]] = {
     "flashattn_mla": frozenset({"mla"}),
     "flashmla": frozenset({"mla"}),
     "vllm_triton_mla": frozenset({"mla"}),
+    "tokenspeed_mla": frozenset({"mla"}),
 }
 
 # How vLLM's enum and its benchmark configs spell them, beyond what lower case gives.
@@ -50,8 +51,9 @@ def normalize(name: str) -> str:
 
 @lru_cache
 def _declared() -> dict[str, str]:
-    """Backends of installed packages, by name. One of mlakit's own names cannot be taken over."""
-    return {e.name: e.value for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _OWN}
+    """Backends of installed packages, by normalized name. One of mlakit's own names cannot be taken over."""
+    found = {normalize(e.name): f"{e.module}:{e.attr}" for e in entry_points(group=ENTRY_POINT_GROUP)}
+    return {name: path for name, path in found.items() if name not in _OWN}
 
 
 def names() -> list[str]:
@@ -59,9 +61,14 @@ def names() -> list[str]:
     return [*_OWN, *sorted(_declared())]
 
 
+def has_adapter(name: str) -> bool:
+    """True for what `load` takes: an own or declared backend's name, or a `module:Class` path."""
+    return ":" in name or name in _OWN or name in _declared()
+
+
 def is_known(name: str) -> bool:
     """True for a name that `load` takes or that is in `WITHOUT_ADAPTER`."""
-    return ":" in name or name in _OWN or name in _declared() or name in WITHOUT_ADAPTER
+    return has_adapter(name) or name in WITHOUT_ADAPTER
 
 
 def check_name(name: str) -> str:
@@ -72,7 +79,7 @@ def check_name(name: str) -> str:
     """
     normalized = normalize(name)
     if not is_known(normalized):
-        raise ValueError(f"unknown backend {name!r}; {nearest(normalized, [*names(), *WITHOUT_ADAPTER])}")
+        raise ValueError(f"unknown backend {name!r}; {nearest(normalized, {*names(), *WITHOUT_ADAPTER})}")
     return normalized
 
 
@@ -90,12 +97,12 @@ def load(name: str) -> Backend:
     if ":" in name and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script does not look in the working directory by itself
     try:
-        backend = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"backend {name!r} cannot be loaded from {path}: {error}") from error
-    if not isinstance(backend, Backend):
-        raise ValueError(f"backend {name!r}: {path} is no mlakit.backends.Backend but {type(backend).__name__}")
-    return backend
+        found = getattr(importlib.import_module(module_name), class_name)
+        if isinstance(found, type) and issubclass(found, Backend):
+            return found()
+    except Exception as error:  # whatever a module of somebody's raises while it is imported, or its class made
+        raise ValueError(f"backend {name!r} cannot be loaded from {path}: {type(error).__name__}: {error}") from error
+    raise ValueError(f"backend {name!r}: {path} is no subclass of mlakit.backends.Backend, but {found!r}")
 
 
 def attention_kinds(name: str) -> frozenset[Attention]:
@@ -104,4 +111,5 @@ def attention_kinds(name: str) -> frozenset[Attention]:
     Raises:
         ValueError: unknown, or not importable.
     """
-    return WITHOUT_ADAPTER[name] if name in WITHOUT_ADAPTER else load(name).attention
+    name = check_name(name)
+    return load(name).attention if has_adapter(name) else WITHOUT_ADAPTER[name]

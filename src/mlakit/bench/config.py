@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from mlakit.backends.base import Attention
 from mlakit.backends.registry import attention_kinds, check_name
@@ -14,18 +14,19 @@ from mlakit.dims import MLADims, StandardDims, preset
 DEFAULT_MLA_MODEL = "deepseek-v3"
 # What a row's numbers do not depend on: left out of its key, so that `--resume` finds it all the same.
 _NOT_MEASURED = {"timeout", "label"}
+RECORDED = "recorded"  # pydantic's validation context of a config that is read back from a record
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def infer_attention(model: str | None, kinds: list[frozenset[Attention]]) -> Attention:
-    """MLA or standard: as the model says, else MLA as soon as one backend can do nothing else, else what all can do.
+    """MLA or standard: as the model says, else MLA if a backend can do nothing else or none is named, else what all do.
 
     Raises:
         ValueError: unknown model.
     """
     if model is not None:
         return "mla" if isinstance(preset(model), MLADims) else "standard"
-    if any(k == {"mla"} for k in kinds):
+    if not kinds or any(k == {"mla"} for k in kinds):
         return "mla"
     return "standard" if all("standard" in k for k in kinds) else "mla"
 
@@ -46,11 +47,12 @@ class BenchmarkConfig(BaseModel):
 
     backend: str
     batch_spec: str
-    attention: Attention
+    # Never None: `_complete` fills in what is not given.
+    attention: Attention = None  # type: ignore[assignment]
     model: str | None = None
-    num_q_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
+    num_q_heads: int = Field(default=None, ge=1)  # type: ignore[assignment]
+    num_kv_heads: int = Field(default=None, ge=1)  # type: ignore[assignment]
+    head_dim: int = Field(default=None, ge=1)  # type: ignore[assignment]
     kv_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
@@ -75,20 +77,22 @@ class BenchmarkConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, data: Any) -> Any:
+    def _complete(cls, data: Any, info: ValidationInfo) -> Any:
+        if info.context == RECORDED:
+            return data  # complete already, and its backend need not be installed on the machine that reads it
         if not isinstance(data, dict) or not data.get("backend") or not data.get("batch_spec"):
             return data  # pydantic names what is missing
         data = dict(data)
         data["backend"] = check_name(str(data["backend"]))
         if data.get("attention") is None:
             data["attention"] = infer_attention(data.get("model"), [attention_kinds(data["backend"])])
-        parse_batch_spec(str(data["batch_spec"]))
         return complete_dims(data)
 
     @model_validator(mode="after")
     def _consistent(self) -> "BenchmarkConfig":
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        self.requests()
         self.dims()
         return self
 
@@ -121,6 +125,10 @@ def complete_dims(data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: unknown model, a model of the other kind of attention, or sizes that contradict each other.
     """
+    for name in ("num_q_heads", "num_kv_heads", "head_dim", *_MLA_FIELDS):
+        value = data.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
     model, attention = data.get("model"), data["attention"]
     base = preset(model) if model is not None else preset(DEFAULT_MLA_MODEL) if attention == "mla" else StandardDims()
     if isinstance(base, MLADims) != (attention == "mla"):

@@ -1,6 +1,6 @@
 """YAML configs: what they may say, and errors that name the file, the line and the nearest valid key. No torch here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
@@ -9,7 +9,7 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mlakit.backends.registry import check_name, is_known, normalize
 from mlakit.bench.batch_spec import multiply_batch, parse_batch_spec
@@ -29,6 +29,15 @@ def _check_model(name: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_check_model)]
+
+
+def _check_value(value: Any) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("must be a whole number or text")
+    return value
+
+
+Value = Annotated[int | str, BeforeValidator(_check_value)]
 BackendName = Annotated[str, AfterValidator(check_name)]  # in our spelling from here on
 BatchSpec = Annotated[str, AfterValidator(_check_spec)]
 
@@ -78,10 +87,12 @@ class SpecRange(BaseModel):
         wanted = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
         given = set(self.__pydantic_extra__)
         if wanted != given:
-            has = ", ".join(sorted(wanted)) or "none"
-            raise ValueError(
-                f"template {self.template!r} has the variables {has}; given are {', '.join(sorted(given)) or 'none'}"
-            )
+            has, got = (", ".join(sorted(names)) or "none" for names in (wanted, given))
+            raise ValueError(f"template {self.template!r} has the variables {has}; given are {got}")
+        if not self.specs():
+            raise ValueError(f"the ranges of {self.template!r} hold no value: stop lies before start")
+        for spec in self.specs():
+            parse_batch_spec(spec)
         return self
 
     def specs(self) -> list[str]:
@@ -95,7 +106,7 @@ class Sweep(_Section):
     """Values of one parameter to go through; `label_format` names each row with {backend}, {param_name} and {value}."""
 
     param_name: str
-    values: list[int | str] = Field(min_length=1)
+    values: list[Value] = Field(min_length=1)
     include_auto: bool = False
     label_format: str = "{backend}_{param_name}_{value}"
 
@@ -103,7 +114,7 @@ class Sweep(_Section):
     def _label(self) -> "Sweep":
         try:
             self.label_format.format(backend="", param_name="", value="")
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, AttributeError):
             raise ValueError(
                 f"label_format may use {{backend}}, {{param_name}} and {{value}}, got {self.label_format!r}"
             ) from None
@@ -140,6 +151,29 @@ class OutputSection(_Section):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
+def _in_our_spelling(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Take what vLLM's own configs write: settings and backends' sections at the top, `model` as a mere name."""
+    data = dict(data)
+    if isinstance(data.get("model"), str):
+        data["model"] = {"name": data["model"]}
+    for name in ("device", "repeats", "warmup_iters", "profile_memory"):
+        if name in data:
+            section = dict(data.get("benchmark") or {})
+            if name in section:
+                raise ValueError(f"{name} is given twice: at the top and in benchmark")
+            data["benchmark"] = {**section, name: data.pop(name)}
+    sections: dict[str, Any] = {}
+    at_top = [k for k in data if k not in ConfigFile.model_fields and isinstance(k, str) and is_known(normalize(k))]
+    for name, section in [*(data.get("backend_parameters") or {}).items(), *((k, data.pop(k)) for k in at_top)]:
+        known = normalize(name) if isinstance(name, str) else name
+        if known in sections:
+            raise ValueError(f"the parameters of {known} are given twice")
+        sections[known] = {} if section is None else section
+    if sections:
+        data["backend_parameters"] = sections
+    return data
+
+
 class ConfigFile(_Section):
     """A whole config: what to measure, on what, and how."""
 
@@ -148,10 +182,10 @@ class ConfigFile(_Section):
     model: ModelSection = ModelSection()
     batch_specs: list[BatchSpec] = []
     batch_spec_ranges: list[SpecRange] = []
-    batch_sizes: list[int] = []
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = []
     backends: list[BackendName] = []
     backend: BackendName | None = None
-    backend_parameters: dict[BackendName, dict[str, int | str]] = {}
+    backend_parameters: dict[BackendName, dict[str, Value]] = {}
     parameter_sweep: Sweep | None = None
     model_parameter_sweep: Sweep | None = None
     benchmark: BenchmarkSection = BenchmarkSection()
@@ -160,25 +194,8 @@ class ConfigFile(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _vllm_spellings(cls, data: Any) -> Any:
-        """Accept what vLLM's own configs do: benchmark settings and backends' sections at the top, `model` as a mere
-        name.
-        """
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        if isinstance(data.get("model"), str):
-            data["model"] = {"name": data["model"]}
-        for name in ("device", "repeats", "warmup_iters", "profile_memory"):
-            if name in data:
-                section = dict(data.get("benchmark") or {})
-                if name in section:
-                    raise ValueError(f"{name} is given twice: at the top and in benchmark")
-                data["benchmark"] = {**section, name: data.pop(name)}
-        for name in [k for k in data if k not in cls.model_fields and isinstance(k, str) and is_known(normalize(k))]:
-            sections = dict(data.get("backend_parameters") or {})
-            data["backend_parameters"] = {**sections, name: data.pop(name)}
-        return data
+    def _spellings(cls, data: Any) -> Any:
+        return _in_our_spelling(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _sound(self) -> "ConfigFile":
@@ -262,9 +279,14 @@ def load(name_or_path: str) -> LoadedConfig:
     overrides = content.on_cpu
     if not overrides:
         return LoadedConfig(path.stem, content, content)
-    base = {k: v for k, v in data.items() if k != "on_cpu"}
-    if "batch_specs" in overrides or "batch_spec_ranges" in overrides:
-        base = {k: v for k, v in base.items() if k not in ("batch_specs", "batch_spec_ranges")}
+    base = _in_our_spelling({k: v for k, v in data.items() if k != "on_cpu"})
+    try:
+        overrides = _in_our_spelling(overrides)
+    except ValueError as error:
+        raise ValueError(f"{lines.where(('on_cpu',))}: on_cpu: {error}") from error
+    for together in ({"batch_specs", "batch_spec_ranges"}, {"backend", "backends"}):
+        if together & set(overrides):  # one of them replaces both
+            base = {k: v for k, v in base.items() if k not in together}
     on_cpu = _validate(_merge(base, overrides), lines, ("on_cpu",))
     return LoadedConfig(path.stem, content, on_cpu, sorted(overrides))
 
@@ -284,42 +306,52 @@ class _Lines:
         self.shown = shown
         self._lines: dict[tuple[Any, ...], int] = {}
         if node is not None:
-            self._walk(node, ())
+            self._walk(node, (), ())
 
-    def _walk(self, node: yaml.Node, path: tuple[Any, ...]) -> None:
-        self._lines.setdefault(path, node.start_mark.line + 1)
+    def _walk(self, node: yaml.Node, path: tuple[Any, ...], above: tuple[yaml.Node, ...]) -> None:
+        line = node.start_mark.line + 1
+        if any(node is other for other in above):
+            raise ValueError(f"{self.shown}:{line}: an alias refers to what it is part of")
+        self._lines.setdefault(path, line)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if (*path, key.value) in self._lines:
                     raise ValueError(f"{self.shown}:{line}: key {key.value!r} is there twice")
                 self._lines[(*path, key.value)] = line
-                self._walk(value, (*path, key.value))
+                self._walk(value, (*path, key.value), (*above, node))
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                self._walk(value, (*path, index))
+                self._walk(value, (*path, index), (*above, node))
 
-    def where(self, path: Iterable[Any]) -> str:
+    def where(self, path: tuple[Any, ...]) -> str:
         """File and line ("a.yaml:3") of a key, or of the nearest thing above it that the file holds."""
-        parts = tuple(path)
-        while parts and parts not in self._lines:
-            parts = parts[:-1]
-        return f"{self.shown}:{self._lines.get(parts, 1)}"
+        return f"{self.shown}:{self._lines.get(self._known(path), 1)}"
+
+    def where_first(self, *paths: tuple[Any, ...]) -> str:
+        """The same for the one of several paths of which the file holds most."""
+        return self.where(max(paths, key=lambda path: len(self._known(path)) - len(path)))
+
+    def _known(self, path: tuple[Any, ...]) -> tuple[Any, ...]:
+        while path and path not in self._lines:
+            path = path[:-1]
+        return path
 
 
 def _validate(data: dict[str, Any], lines: _Lines, prefix: tuple[str, ...]) -> ConfigFile:
     try:
         return ConfigFile.model_validate(data)
     except ValidationError as error:
-        first, more = error.errors()[0], error.error_count() - 1
-        loc = first["loc"]
-        tail = f" (and {more} more)" if more else ""
-        at = (
-            lines.where((*prefix, *loc))
-            if prefix and lines.where((*prefix, *loc)) != lines.where(prefix)
-            else lines.where(loc)
-        )
-        raise ValueError(f"{at}: {_explain(first)}{tail}") from None
+        # A misspelled key also leaves its right spelling missing: the first is the one to hear of.
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        loc = found[0]["loc"]
+        tail = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        # benchmark and backend_parameters may have been written at the top, as vLLM does.
+        paths = [(*prefix, *loc), loc, *([(*prefix, *loc[1:]), loc[1:]] if loc[:1] in _AT_TOP else [])]
+        raise ValueError(f"{lines.where_first(*paths)}: {_explain(found[0])}{tail}") from None
+
+
+_AT_TOP = (("benchmark",), ("backend_parameters",))
 
 
 def _explain(error: Any) -> str:

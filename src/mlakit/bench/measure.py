@@ -211,15 +211,11 @@ def _check_row(verdicts: list[Verdict]) -> CheckRow | None:
     comparisons = [v.comparison for v in verdicts if v.comparison is not None]
     if not comparisons:
         return None
-    worst = max(comparisons, key=lambda c: c.max_error / (c.max_error_allowed or 1.0))
-    return CheckRow(
-        max_error=worst.max_error,
-        max_error_allowed=worst.max_error_allowed,
-        rms_error=worst.rms_error,
-        rms_error_allowed=worst.rms_error_allowed,
-        cosine_distance=worst.cosine_distance,
-        lse_error=max((v.lse_error for v in verdicts if v.lse_error is not None), default=None),
+    worst = next((c for c in comparisons if not c.ok), None) or max(
+        comparisons, key=lambda c: c.max_error / (c.max_error_allowed or 1.0)
     )
+    errors = {name: getattr(worst, name) for name in CheckRow.model_fields if name != "lse_error"}
+    return CheckRow(**errors, lse_error=max((v.lse_error for v in verdicts if v.lse_error is not None), default=None))
 
 
 def limit_of(config: BenchmarkConfig, parts: dict[PartName, list[BatchRequest]], ceilings: Ceilings) -> LimitRow:

@@ -63,7 +63,9 @@ def settings_for(loaded: LoadedConfig | None, flags: dict[str, Any], *, cpu: boo
     if "backends" in flags and content.pop("backend", None):
         notes.append(f"--backends replaces backend of {loaded.name}")
     for key, value in flags.items():
-        if isinstance(value, dict) and isinstance(content.get(key), dict):
+        before = content.get(key)
+        another_sweep = key == "parameter_sweep" and before and before.get("param_name") != value["param_name"]
+        if isinstance(value, dict) and isinstance(before, dict) and not another_sweep:
             for name, inner in value.items():
                 _replace(content[key], name, inner, f"{key}.{name}", loaded.name, notes)
         else:
@@ -137,12 +139,18 @@ def make_plan(settings: Settings, device: str) -> Plan:
 def _declared_parameters(backends: Sequence[str]) -> dict[str, dict[str, Parameter]]:
     found: dict[str, dict[str, Parameter]] = {}
     for name in backends:
-        if name in registry.WITHOUT_ADAPTER:
-            mla = "mla" in registry.WITHOUT_ADAPTER[name]
-            found[name] = {REORDER_BATCH_THRESHOLD.name: REORDER_BATCH_THRESHOLD} if mla else {}
-        else:
-            found[name] = registry.load(name).parameters
+        found[name] = registry.load(name).parameters if registry.has_adapter(name) else _AnyParameter()
     return found
+
+
+class _AnyParameter(dict[str, Parameter]):
+    """The parameters of a library that no adapter knows: whatever is named. Its rows say that there is no adapter."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Parameter:
+        return REORDER_BATCH_THRESHOLD if name == REORDER_BATCH_THRESHOLD.name else Parameter(name, int, "")
 
 
 def _base(content: ConfigFile, kind: Attention, device: str) -> dict[str, Any]:
@@ -163,14 +171,13 @@ def _sweep_points(
             f"model_parameter_sweep of unknown {model_sweep.param_name!r}; "
             f"{nearest(model_sweep.param_name, MODEL_PARAMETERS)}"
         )
-    if sweep is not None and sweep.param_name not in MODEL_PARAMETERS:
-        declared = {name for own in parameters.values() for name in own}
-        if sweep.param_name not in declared:
-            having = "; ".join(f"{name} has {', '.join(parameters[name]) or 'none'}" for name in backends)
-            raise ValueError(
-                f"no selected backend has a parameter {sweep.param_name!r} ({having}); "
-                f"a sweep may also vary {', '.join(MODEL_PARAMETERS)}"
-            )
+    known = [MODEL_PARAMETERS, *parameters.values()]
+    if sweep is not None and not any(sweep.param_name in names for names in known):
+        having = "; ".join(f"{name} has {', '.join(parameters[name]) or 'none'}" for name in backends)
+        raise ValueError(
+            f"no selected backend has a parameter {sweep.param_name!r} ({having}); "
+            f"a sweep may also vary {', '.join(MODEL_PARAMETERS)}"
+        )
     return (
         model_sweep.all_values() if model_sweep else [None],
         sweep.all_values() if sweep else [None],

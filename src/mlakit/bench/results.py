@@ -1,14 +1,15 @@
 """What a run leaves behind: `BenchmarkResult` (a row) and `Record` (the file), versioned. No torch here."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mlakit.bench.config import BenchmarkConfig
+from mlakit.bench.config import RECORDED, BenchmarkConfig
 
 SCHEMA: Literal["mlakit.bench/1"] = "mlakit.bench/1"
 
@@ -51,12 +52,17 @@ class TimingRow(_Model):
 class CheckRow(_Model):
     """How far the worst part's output was from float64, and what was allowed (2x eager PyTorch's own error)."""
 
-    max_error: float
-    max_error_allowed: float
-    rms_error: float
-    rms_error_allowed: float
-    cosine_distance: float
+    max_error: float | None  # None stands for NaN and infinity, which JSON does not have
+    max_error_allowed: float | None
+    rms_error: float | None
+    rms_error_allowed: float | None
+    cosine_distance: float | None
     lse_error: float | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class LimitRow(_Model):
@@ -175,7 +181,7 @@ class Record(_Model):
         """
         content = self.model_dump(mode="json")
         content["rows"] = [row.to_dict() for row in self.rows]
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Record":
@@ -196,7 +202,7 @@ class Record(_Model):
         known = set(BenchmarkResult.model_fields)
         try:
             rows = [{k: v for k, v in row.items() if k in known} for row in content["rows"]]
-            return cls.model_validate({**content, "rows": rows})
+            return cls.model_validate({**content, "rows": rows}, context=RECORDED)
         except (ValidationError, KeyError, AttributeError, TypeError) as error:
             detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": repr(error)}
             where = ".".join(map(str, detail["loc"]))

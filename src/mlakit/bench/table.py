@@ -37,7 +37,15 @@ class _Batch:
 def comparison_key(row: BenchmarkResult) -> tuple[object, ...]:
     """Rows with the same key measured the same job, so that their times may be compared."""
     c = row.config
-    dims = (c.num_q_heads, c.num_kv_heads, c.head_dim, c.qk_nope_head_dim, c.v_head_dim)
+    dims = (
+        c.num_q_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        c.kv_lora_rank,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.v_head_dim,
+    )
     return (c.batch_spec, c.attention, dims, c.dtype, c.scope, c.l2)
 
 

@@ -1,8 +1,12 @@
 """Numbers as people read them: three significant digits and a unit."""
 
+import math
+
 
 def seconds(value: float) -> str:
     """2.31e-05 is "23.1 µs"."""
+    if not math.isfinite(value):
+        return f"{value} s"
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s")):
         if value < limit * 0.9995:
             return f"{three(value * factor)} {unit}"
@@ -19,11 +23,10 @@ def rate(value: float, unit: str) -> str:
 
 def three(value: float) -> str:
     """Three significant digits, without an exponent from 0.001 up."""
-    if value == 0:
-        return "0"
-    magnitude = abs(value)
-    digits = 0 if magnitude >= 99.95 else 1 if magnitude >= 9.995 else 2 if magnitude >= 0.9995 else 3
-    return f"{value:.{digits}f}" if magnitude >= 0.001 else f"{value:.2e}"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))
+    return f"{value:.{max(digits, 0)}f}" if digits <= 5 else f"{value:.2e}"
 
 
 def percent(fraction: float) -> str:
