@@ -234,6 +234,17 @@ def test_other_commands(mlakit):
     assert "COMMAND" in mlakit().stdout
 
 
+def test_study_k_concat(mlakit):
+    done = mlakit("study", "k-concat", "--device", "cpu", "--batch-sizes", "2", "5", "--dims", "4,8,4")
+    assert done.returncode == 0, done.stderr
+    assert "Batch Size |" in done.stdout
+    assert "Speedup summary" in done.stdout
+    bad = mlakit("study", "k-concat", "--device", "cpu", "--dims", "many")
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert mlakit("study").returncode == 2
+
+
 def test_unknown_command():
     with pytest.raises(SystemExit) as end:
         main(["bensh"])

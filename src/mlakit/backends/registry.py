@@ -15,13 +15,14 @@ _OWN = {
     "torch_naive": "mlakit.backends.torch_naive:TorchNaive",
     "torch_absorb": "mlakit.backends.torch_absorb:TorchAbsorb",
     "sdpa": "mlakit.backends.sdpa:SDPA",
+    "mlakit_triton": "mlakit.backends.mlakit_triton:MlakitTriton",
+    "triton": "mlakit.backends.mlakit_triton:TritonStandard",
 }
 
 # Libraries of the field that no adapter runs yet: naming one is not a mistake, so it costs a row with this reason and
 # not the run.
 WITHOUT_ADAPTER: dict[str, frozenset[Attention]] = {
     "flash": frozenset({"standard"}),
-    "triton": frozenset({"standard"}),
     "flashinfer": frozenset({"standard"}),
     "cutlass_mla": frozenset({"mla"}),
     "flashinfer_mla": frozenset({"mla"}),

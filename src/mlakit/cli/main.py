@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mlakit import __version__
-from mlakit.cli import backends, bench, configs, env, limits
+from mlakit.cli import backends, bench, configs, env, limits, study
 
-_SUBCOMMANDS = (bench, backends, configs, limits, env)
+_SUBCOMMANDS = (bench, study, backends, configs, limits, env)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
