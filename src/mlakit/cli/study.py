@@ -1,6 +1,5 @@
 """`mlakit study NAME`: the named experiments."""
 
-import argparse
 from typing import Any
 
 from mlakit.studies import k_concat
