@@ -9,10 +9,13 @@ blockwise float8 (`torch._scaled_mm`) and DeepGEMM, where they are there. Cold L
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +40,9 @@ BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
 Call = Callable[[], object]
 
 ACT_SHAPES = [(128, 7168), (4096, 7168), (32768, 7168)]
+TUNED_ACT_SHAPES = ACT_SHAPES[1:]
 WEIGHT_SHAPES = [(2048, 7168), (7168, 18432)]
+TUNED_WEIGHT_SHAPES = WEIGHT_SHAPES[1:]
 # m, n, k of DeepSeek-V3: the latent's down-projection, an expert's, the dense MLP's and attention's output.
 GEMM_SHAPES = [
     (16, 7168, 2048), (128, 7168, 16384), (4096, 576, 7168), (4096, 4096, 7168), (4096, 7168, 7168),
@@ -45,7 +50,19 @@ GEMM_SHAPES = [
 ]  # fmt: skip
 TUNED_GEMM_SHAPES = [(16, 7168, 2048), (128, 7168, 16384), (4096, 7168, 7168), (8192, 8192, 8192)]
 APPEND_TOKENS = [128, 4096, 65536]
+TUNED_APPEND_TOKENS = [128, 65536]
 GATHER_LENS = [[8192] * 8, [1024] * 128]
+TUNED_GATHER_LENS = GATHER_LENS[1:]
+SHOWN = 8  # lines a job, the best ones
+
+
+# Elements a program and warps: 16 to 64 elements a thread.
+ACT_TILES = [(2048, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8)]
+# Rows, columns and warps: 16 to 64 elements a thread.
+WEIGHT_TILES = [
+    (16, 128, 2), (16, 128, 4), (32, 128, 2), (32, 128, 4), (32, 128, 8), (64, 128, 4), (64, 128, 8), (128, 128, 8),
+    (8, 512, 4),
+]  # fmt: skip
 
 
 @dataclass
@@ -104,7 +121,7 @@ def tuned_gather(tensors: tuple[torch.Tensor, ...], total: int, config: GatherCo
 
 
 def act_quant_jobs(tune: bool) -> Iterator[Job]:
-    for shape in ACT_SHAPES:
+    for shape in TUNED_ACT_SHAPES if tune else ACT_SHAPES:
         x = torch.randn(shape, device=CUDA, dtype=BF16)
         expected, expected_scales = act_quant_reference(x)
         candidates: list[tuple[str, Call]] = [
@@ -112,12 +129,11 @@ def act_quant_jobs(tune: bool) -> Iterator[Job]:
             ("triton", partial(act_quant, x)),
             ("triton ue8m0", partial(act_quant, x, scale_fmt="ue8m0")),
         ]
-        if tune:
-            for elements in (1024, 2048, 4096, 8192, 16384):
-                for num_warps in (1, 2, 4, 8):
-                    if 16 <= elements // (32 * num_warps) <= 128:
-                        config = ActQuantConfig(elements, num_warps)
-                        candidates.append((f"triton e{elements} w{num_warps}", partial(tuned_act_quant, x, config)))
+        for elements, num_warps in ACT_TILES if tune else ():
+            for streaming in (False, True):
+                config = ActQuantConfig(elements, num_warps, streaming)
+                name = f"triton e{elements} w{num_warps} {'cs' if streaming else 'wb'}"
+                candidates.append((name, partial(tuned_act_quant, x, config)))
 
         def wrong(got: Any, codes: torch.Tensor = expected, scales: torch.Tensor = expected_scales) -> str:
             if not torch.equal(got[1], scales):  # ue8m0: the values must be near all the same
@@ -131,47 +147,66 @@ def act_quant_jobs(tune: bool) -> Iterator[Job]:
 
 
 def weight_dequant_jobs(tune: bool) -> Iterator[Job]:
-    for shape in WEIGHT_SHAPES:
+    for shape in TUNED_WEIGHT_SHAPES if tune else WEIGHT_SHAPES:
         codes, scales = weight_quant(torch.randn(shape, device=CUDA))
         expected = weight_dequant_reference(codes, scales)
         candidates: list[tuple[str, Call]] = [
             ("reference", partial(weight_dequant_reference, codes, scales)),
             ("triton", partial(weight_dequant, codes, scales)),
         ]
-        if tune:
-            for rows in (8, 16, 32, 64, 128):
-                for columns in (128, 256, 512):
-                    for num_warps in (2, 4, 8):
-                        for narrow in (True, False):
-                            if 16 <= rows * columns // (32 * num_warps) <= 64:
-                                config = WeightDequantConfig(rows, columns, num_warps, narrow)
-                                kind = "n8" if narrow else "n16"
-                                call = partial(tuned_weight_dequant, codes, scales, config)
-                                candidates.append((f"triton {rows}x{columns} w{num_warps} {kind}", call))
+        for rows, columns, num_warps in WEIGHT_TILES if tune else ():
+            for streaming in (False, True):
+                config = WeightDequantConfig(rows, columns, num_warps, streaming=streaming)
+                name = f"triton {rows}x{columns} w{num_warps} {'cs' if streaming else 'wb'}"
+                candidates.append((name, partial(tuned_weight_dequant, codes, scales, config)))
         wrong = partial(_unequal, expected)
         moved = codes.numel() * 3 + scales.numel() * 4
         yield Job("weight_dequant", "x".join(map(str, shape)), moved, 0, wrong, candidates, ("reference",))
 
 
 def gemm_configs(m: int) -> Iterator[GemmConfig]:
-    if m <= 16:
-        for block_n, num_warps, num_stages in [
-            (16, 4, 6),
-            (32, 4, 4),
-            (32, 4, 5),
-            (32, 4, 8),
-            (64, 4, 4),
-            (64, 4, 6),
-            (32, 2, 5),
-        ]:
-            yield GemmConfig(16, block_n, num_warps, num_stages)
+    if m <= 16:  # tile, warps, stages
+        for n, w, s in [(16, 4, 6), (32, 4, 5), (32, 4, 8), (64, 4, 6), (32, 2, 5)]:
+            yield GemmConfig(16, n, w, s)
+        for n, s in [(32, 6), (64, 6)]:
+            yield GemmConfig(16, n, 4, s, descriptors=True)
         return
-    tiles = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
-    for block_m, block_n, num_warps in tiles:
-        for num_stages in (3, 4, 5, 6):
-            if (block_m + block_n) * 128 * num_stages <= 220 * 1024:
-                for group_m in (8, 16) if num_stages == 4 else (8,):
-                    yield GemmConfig(block_m, block_n, num_warps, num_stages, group_m)
+    if m <= 128:
+        for n, w, s in [(64, 4, 4), (64, 4, 6), (32, 4, 6), (128, 4, 4)]:
+            yield GemmConfig(64, n, w, s)
+            yield GemmConfig(64, n, w, s, descriptors=True)
+        yield GemmConfig(128, 64, 4, 5, descriptors=True)
+        return
+    # DeepSeek's tile by pointers, two or three programs a multiprocessor; the same by TMA; the larger tile, whose
+    # products one program a multiprocessor must overlap with its own scaling.
+    yield GemmConfig(64, 128, 4, 4)
+    yield GemmConfig(64, 128, 8, 3)
+    yield GemmConfig(64, 128, 8, 4)
+    yield GemmConfig(128, 128, 8, 4)
+    yield GemmConfig(128, 128, 8, 4, deferred=True)
+    yield GemmConfig(64, 128, 4, 3, descriptors=True)
+    yield GemmConfig(64, 128, 4, 3, 16, descriptors=True)
+    yield GemmConfig(64, 128, 4, 4, descriptors=True)
+    yield GemmConfig(64, 128, 4, 4, descriptors=True, deferred=True)
+    yield GemmConfig(64, 128, 8, 3, descriptors=True)
+    yield GemmConfig(64, 128, 8, 4, descriptors=True, deferred=True)
+    yield GemmConfig(128, 64, 4, 3, descriptors=True)
+    yield GemmConfig(128, 128, 8, 4, descriptors=True)
+    yield GemmConfig(128, 128, 8, 6, descriptors=True)
+    yield GemmConfig(128, 128, 8, 3, descriptors=True, max_registers=128)
+    yield GemmConfig(128, 128, 8, 4, descriptors=True, deferred=True)
+    yield GemmConfig(128, 128, 8, 6, descriptors=True, deferred=True)
+    yield GemmConfig(128, 128, 8, 4, 16, descriptors=True, deferred=True)
+
+
+def gemm_name(config: GemmConfig) -> str:
+    flags = (
+        ("tma", config.descriptors),
+        ("deferred", config.deferred),
+        (f"r{config.max_registers}", config.max_registers),
+    )
+    tile = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} g{config.group_m}"
+    return " ".join([tile, *(name for name, on in flags if on)])
 
 
 def gemm_peers(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor) -> Iterator[tuple[str, Call]]:
@@ -202,10 +237,9 @@ def gemm_jobs(tune: bool) -> Iterator[Job]:
         expected, eager = fp8_gemm_reference(*checked, torch.float64), fp8_gemm_reference(*checked)
         candidates = [*gemm_peers(a, a_scales, b, b_scales)]
         candidates.append(("triton", partial(fp8_gemm, a, a_scales, b, b_scales)))
-        if tune:
-            for config in gemm_configs(m):
-                name = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} g{config.group_m}"
-                candidates.append((f"triton {name}", partial(tuned_gemm, a, a_scales, b, b_scales, config)))
+        for config in gemm_configs(m) if tune else ():
+            call = partial(tuned_gemm, a, a_scales, b, b_scales, config)
+            candidates.append((f"triton {gemm_name(config)}", call))
 
         def wrong(got: Any, expected: Any = expected, eager: Any = eager, some: Any = some) -> str:
             return compare(got[some], expected, eager).reason
@@ -216,7 +250,7 @@ def gemm_jobs(tune: bool) -> Iterator[Job]:
 
 
 def append_jobs(tune: bool) -> Iterator[Job]:
-    for tokens in APPEND_TOKENS:
+    for tokens in TUNED_APPEND_TOKENS if tune else APPEND_TOKENS:
         for is_fp8 in (False, True):
             kv = torch.randn(tokens, 576, device=CUDA, dtype=BF16)
             weight = torch.rand(512, device=CUDA, dtype=BF16)
@@ -250,7 +284,7 @@ def append_jobs(tune: bool) -> Iterator[Job]:
 
 
 def gather_jobs(tune: bool) -> Iterator[Job]:
-    for lens in GATHER_LENS:
+    for lens in TUNED_GATHER_LENS if tune else GATHER_LENS:
         for is_fp8 in (False, True):
             total, count = sum(lens), lens[0] // 64
             cache = torch.randn(total // 64, 64, 576, device=CUDA, dtype=BF16)
@@ -263,11 +297,9 @@ def gather_jobs(tune: bool) -> Iterator[Job]:
                 ("reference", partial(gather_latent_reference, cache, table, cu_seqlens, total)),
                 ("triton", partial(gather_latent, cache, table, cu_seqlens, total)),
             ]
-            for block in (4, 8, 16, 32) if tune else ():
-                for num_warps in (1, 2, 4, 8):
-                    if 1 <= block // num_warps <= 8:
-                        tuned = partial(tuned_gather, (cache, table, cu_seqlens), total, GatherConfig(block, num_warps))
-                        candidates.append((f"triton t{block} w{num_warps}", tuned))
+            for block, num_warps in [(4, 1), (4, 2), (4, 4), (8, 4), (8, 2), (16, 4), (16, 8)] if tune else ():
+                tuned = partial(tuned_gather, (cache, table, cu_seqlens), total, GatherConfig(block, num_warps))
+                candidates.append((f"triton t{block} w{num_warps}", tuned))
             wrong = partial(_unequal, expected)
             moved = total * (cache.shape[2] * cache.element_size() + 1152)
             name = f"{len(lens)}x{lens[0]} {'656-byte' if is_fp8 else 'bf16'}"
@@ -295,19 +327,31 @@ def answer(job: Job, call: Call) -> object:
     return call()
 
 
+def compile_all(job: Job) -> None:
+    """Every candidate's first call, side by side: compiling takes seconds each, and most of them in ptxas."""
+
+    def first(candidate: tuple[str, Call]) -> None:
+        with contextlib.suppress(Exception):  # `measure` calls it again and says what is wrong
+            candidate[1]()
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(first, [each for each in job.candidates if each[0].startswith("triton ")]))
+    torch.cuda.synchronize()
+
+
 def measure(job: Job, repeats: int, copy: float) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, call in job.candidates:
         try:
             reason = "" if "other numbers" in name else job.wrong(answer(job, call))
             if reason:
-                print(f"{job.op:15} {job.shape:18} {name:28} WRONG: {reason}")
+                print(f"{job.op:14} {job.shape:16} {name:28} WRONG: {reason}", flush=True)
                 continue
             timing = time_calls([call], CUDA, repeats=5 if name == "reference" else repeats)
         except Exception as error:  # a peer may fail in any way; its line says how
             if "illegal" in str(error) or "unspecified launch" in str(error):
                 raise  # nothing after it on this device can be believed
-            print(f"{job.op:15} {job.shape:18} {name:28} {type(error).__name__}: {str(error).splitlines()[:1]}"[:200])
+            print(f"{job.op:14} {job.shape:16} {name:28} {type(error).__name__}: {str(error).splitlines()[:1]}"[:200])
             continue
         rows.append(
             {
@@ -316,24 +360,31 @@ def measure(job: Job, repeats: int, copy: float) -> list[dict[str, Any]]:
                 "impl": name,
                 "median_s": timing.median,
                 "ci95_s": list(timing.ci95),
+                "host_s": timing.host,
                 "tb_per_s": job.least_bytes / timing.median * 1e-12,
                 "fraction_of_copy": job.least_bytes / timing.median / copy,
                 "tflop_per_s": job.flops / timing.median * 1e-12 if job.flops else None,
             }
         )
     peer = min((row["median_s"] for row in rows if row["impl"] in job.peers), default=None)
-    for row in sorted(rows, key=lambda row: row["median_s"]):
+    for row in rows:
         row["ratio_to_peer"] = peer / row["median_s"] if peer else None
-        compute = (
-            f"{row['tflop_per_s']:7.0f} TFLOP/s" if row["tflop_per_s"] else f"{row['fraction_of_copy']:7.2f} of copy"
+    return sorted(rows, key=lambda row: row["median_s"])
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The best of one job, with the default configuration and the baselines wherever they are."""
+    for i, row in enumerate(rows):
+        if i >= SHOWN and row["impl"].startswith("triton "):
+            continue
+        speed = (
+            f"{row['tflop_per_s']:5.0f} TFLOP/s" if row["tflop_per_s"] else f"{row['fraction_of_copy']:5.3f} of copy"
         )
-        ratio = f"{row['ratio_to_peer']:6.2f}x {'/'.join(job.peers)}" if peer else ""
-        print(
-            f"{job.op:15} {job.shape:18} {row['impl']:28} {row['median_s'] * 1e6:9.1f} us {row['tb_per_s']:5.2f} TB/s "
-            f"{compute} {ratio}",
-            flush=True,
+        ratio = f"{row['ratio_to_peer']:5.2f}x peer" if row["ratio_to_peer"] else ""
+        yield (
+            f"{row['op']:14} {row['shape']:16} {row['impl']:32} {row['median_s'] * 1e6:8.1f} us "
+            f"(host {row['host_s'] * 1e6:3.0f}) {row['tb_per_s']:4.2f} TB/s {speed} {ratio}"
         )
-    return rows
 
 
 def main() -> None:
@@ -341,16 +392,24 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tune", action="store_true", help="time every launch configuration")
     parser.add_argument("--only", choices=JOBS, nargs="+", help="only these operations")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     copy = measure_ceilings(CUDA).copy_bytes_per_s
     print(f"copy ceiling {copy * 1e-12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
+    shown: list[str] = []
     for name in args.only or JOBS:
+        start = time.perf_counter()
         for job in JOBS[name](args.tune):
-            rows += measure(job, args.repeats, copy)
+            compile_all(job)
+            found = measure(job, args.repeats, copy)
+            rows += found
+            shown += lines(found)
             args.output.write_text(json.dumps(rows, indent=1))
+            del job
             torch.cuda.empty_cache()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print("\n".join(shown))
 
 
 if __name__ == "__main__":

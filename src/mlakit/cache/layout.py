@@ -28,7 +28,7 @@ def pack_fp8(latent: torch.Tensor, k_pe: torch.Tensor, scale_fmt: str | None = N
     A scale is max(amax, 1e-4) / 448 of its 128 values, for scale_fmt "ue8m0" rounded up to a power of two.
     """
     groups = latent.float().unflatten(-1, (-1, GROUP))
-    # By a tensor: on a GPU, PyTorch multiplies by a Python number's reciprocal, whose last bit differs from a division's.
+    # By a tensor: a Python number's reciprocal is what PyTorch multiplies by on a GPU, and the last bit may differ.
     scales = groups.abs().amax(dim=-1).clamp(min=_LEAST_AMAX) / groups.new_full((), _E4M3_MAX)
     if scale_fmt == "ue8m0":
         mantissa, exponent = torch.frexp(scales)

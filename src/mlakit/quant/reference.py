@@ -12,7 +12,7 @@ def block_scale(amax: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
 
     Source: DeepSeek-V3, inference/kernel.py; the floor of 1e-4 keeps a block of zeros from being divided by zero.
     """
-    # By a tensor: on a GPU, PyTorch multiplies by a Python number's reciprocal, whose last bit differs from a division's.
+    # By a tensor: a Python number's reciprocal is what PyTorch multiplies by on a GPU, and the last bit may differ.
     scale = amax.float().clamp(min=LEAST_AMAX) / amax.new_full((), E4M3_MAX, dtype=torch.float32)
     if scale_fmt == "ue8m0":
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)

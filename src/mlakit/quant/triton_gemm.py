@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlakit.hardware import device_info
 from mlakit.triton_e4m3 import e4m3_to_fp16, has_e4m3
@@ -14,13 +15,21 @@ from mlakit.triton_e4m3 import e4m3_to_fp16, has_e4m3
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile, warps and pipeline depth. `group_m` row blocks share the columns they read from L2."""
+    """Tile, warps and pipeline depth. `group_m` row blocks share the columns they read from L2.
+
+    `descriptors` loads tiles by TMA (compute capability 9.0 and up, and rows that are multiples of 16 bytes).
+    `deferred` scales a product while the tensor cores are at the next one. `max_registers` makes room for another
+    program on a multiprocessor.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     group_m: int = 8
+    descriptors: bool = False
+    deferred: bool = False
+    max_registers: int | None = None
 
 
 @triton.jit
@@ -38,6 +47,8 @@ def _fp8_gemm_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # a_ptr and b_ptr are tensor descriptors
+    DEFERRED: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = 128  # the scales' block: one product, one scaling
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -56,14 +67,20 @@ def _fp8_gemm_kernel(
     # Rows past the end read row 0 again instead of being masked in the loop; their results are not stored.
     row_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
     row_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
-    a_ptrs = a_ptr + row_m[:, None] * K + offs_k[None, :]
-    b_ptrs = b_ptr + row_n[None, :] * K + offs_k[:, None]
+    if not DESCRIPTORS:
+        a_ptrs = a_ptr + row_m[:, None] * K + offs_k[None, :]
+        b_ptrs = b_ptr + row_n[None, :] * K + offs_k[:, None]
     a_scale_ptrs = a_scales_ptr + row_m * blocks_k
     b_scale_ptr = b_scales_ptr + (pid_n * BLOCK_N // BLOCK_K).to(tl.int64) * blocks_k
 
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    last = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    last_scale = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k in range(blocks_k):
-        if EVEN_K:
+        if DESCRIPTORS:
+            a = a_ptr.load([pid_m * BLOCK_M, k * BLOCK_K])
+            b = b_ptr.load([pid_n * BLOCK_N, k * BLOCK_K]).T
+        elif EVEN_K:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
         else:
@@ -76,11 +93,19 @@ def _fp8_gemm_kernel(
             product = tl.dot(a, b)
         else:
             product = tl.dot(e4m3_to_fp16(a), e4m3_to_fp16(b))
-        total += product * scale[:, None]
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
+        if DEFERRED:
+            total += last * last_scale[:, None]
+            last = product
+            last_scale = scale
+        else:
+            total += product * scale[:, None]
+        if not DESCRIPTORS:
+            a_ptrs += BLOCK_K
+            b_ptrs += BLOCK_K
         a_scale_ptrs += 1
         b_scale_ptr += 1
+    if DEFERRED:
+        total += last * last_scale[:, None]
 
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     live = (offs_m[:, None] < M) & (offs_n[None, :] < N)
@@ -120,10 +145,11 @@ def launch_fp8_gemm(
     native = has_e4m3(a.device)
     if config is None:
         config = gemm_config(m, n, k, device_info(a.device).units, native)
+    if not native:  # as e4m3 where there is e4m3: a cast in the kernel would take the tiles through registers
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
     _fp8_gemm_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
-        # As e4m3 where there is e4m3: a cast in the kernel would take the tiles through registers.
-        a if native else a.view(torch.uint8),
-        b if native else b.view(torch.uint8),
+        TensorDescriptor(a, [m, k], [k, 1], [config.block_m, 128]) if config.descriptors else a,
+        TensorDescriptor(b, [n, k], [k, 1], [config.block_n, 128]) if config.descriptors else b,
         out,
         a_scales,
         b_scales,
@@ -135,6 +161,9 @@ def launch_fp8_gemm(
         GROUP_M=config.group_m,
         EVEN_K=k % 128 == 0,
         NATIVE=native,
+        DESCRIPTORS=config.descriptors,
+        DEFERRED=config.deferred,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )

@@ -13,10 +13,11 @@ from mlakit.triton_e4m3 import block_scale, divide, e4m3_to_fp32, fp32_to_e4m3, 
 
 @dataclass(frozen=True)
 class ActQuantConfig:
-    """Elements a program quantizes, and its warps."""
+    """Elements a program quantizes, and its warps. `streaming` marks the codes as not needed soon (st.global.cs)."""
 
     elements: int = 4096
     num_warps: int = 4
+    streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class WeightDequantConfig:
 
     `block_rows` divides the scales' block, `block_columns` is a multiple of it. `narrow` reads 8 bytes a thread, so
     that it keeps the elements it writes (16 bytes of bfloat16); otherwise it reads 16, and half of them change threads
-    through shared memory.
+    through shared memory. `streaming` marks the stores as not needed soon (st.global.cs).
     """
 
     block_rows: int = 32
     block_columns: int = 128
     num_warps: int = 4
     narrow: bool = True
+    streaming: bool = False
 
 
 @triton.jit
@@ -47,6 +49,7 @@ def _act_quant_kernel(
     CONTIGUOUS: tl.constexpr,
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
+    STORE_CACHE: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     offs = tl.arange(0, BLOCK_SIZE)
@@ -60,7 +63,8 @@ def _act_quant_kernel(
     scale = block_scale(tl.max(tl.abs(x), axis=1), UE8M0)
     inverse = tl.div_rn(1.0, scale)
     codes = fp32_to_e4m3(divide(x, scale[:, None], inverse[:, None]), NATIVE)
-    tl.store(codes_ptr + group[:, None] * BLOCK_SIZE + offs[None, :], codes, mask=live[:, None])
+    codes_ptrs = codes_ptr + group[:, None] * BLOCK_SIZE + offs[None, :]
+    tl.store(codes_ptrs, codes, mask=live[:, None], cache_modifier=STORE_CACHE)
     tl.store(scales_ptr + group, scale, mask=live)
 
 
@@ -79,6 +83,7 @@ def _weight_dequant_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     NARROW: tl.constexpr,
     NATIVE: tl.constexpr,
+    STORE_CACHE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     first = (pid // column_blocks) * BLOCK_ROWS
@@ -95,7 +100,8 @@ def _weight_dequant_kernel(
     else:
         scale = tl.load(scales_ptr + offs_n // BLOCK_SIZE, mask=offs_n < columns, other=0.0)
         out = e4m3_to_fp32(codes, NATIVE) * scale[None, :]
-    tl.store(out_ptr + offs_m[:, None] * columns + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
+    out_ptrs = out_ptr + offs_m[:, None] * columns + offs_n[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live, cache_modifier=STORE_CACHE)
 
 
 def launch_act_quant(
@@ -126,6 +132,7 @@ def launch_act_quant(
         CONTIGUOUS=rows.is_contiguous(),
         UE8M0=ue8m0,
         NATIVE=has_e4m3(x.device),
+        STORE_CACHE=".cs" if config.streaming else "",
         num_warps=config.num_warps,
     )
 
@@ -160,5 +167,6 @@ def launch_weight_dequant(
         BLOCK_COLUMNS=block_columns,
         NARROW=config.narrow,
         NATIVE=has_e4m3(w.device),
+        STORE_CACHE=".cs" if config.streaming else "",
         num_warps=config.num_warps,
     )
