@@ -1,12 +1,12 @@
 """Speed of `mla_decode` on a GPU: checked against float64, then timed beside its peers.
 
     python benchmarks/h200/decode.py results.json           # the default configuration and the peers
-    python benchmarks/h200/decode.py results.json --tune    # and every launch configuration worth a try
+    python benchmarks/h200/decode.py results.json --tune    # some rows, with every launch configuration worth a try
     python benchmarks/h200/decode.py results.json --rows 1x16    # rows whose name, {b}x{h}x{s}, starts so
 
 vLLM's Triton decode and FlashMLA take part where they can be imported. A time is the whole operation as a caller calls
 it: every kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a number of splits
-from its caller: the best of several is its time.
+from its caller: `vllm_triton` is the best of several, `vllm_triton_default` the 4 that vLLM passes.
 """
 
 import argparse
@@ -36,21 +36,25 @@ RAGGED = [(128, 128, 4096, 1), (128, 128, 4096, 2), (128, 16, 4096, 1)]
 SCALE = 192**-0.5
 RANK, LATENT, PAGE = 512, 576, 64
 VLLM_SPLITS = (4, 8, 16, 32, 64)
+VLLM_DEFAULT_SPLITS = 4
 
-# block_m, block_n, transposed, warps, stages, programs a multiprocessor.
-FEW = [
-    (16, 32, False, 4, 3, 2), (16, 32, False, 4, 3, 1), (16, 32, False, 4, 6, 1), (16, 64, False, 4, 3, 1),
-    (16, 64, False, 8, 3, 1), (16, 64, True, 4, 3, 1), (16, 64, True, 8, 3, 1), (16, 32, True, 4, 3, 2),
-    (16, 32, True, 4, 4, 1), (16, 32, True, 4, 6, 1),
+# block_m, block_n, warps, stages, programs a multiprocessor; and splits (None: evenly shared).
+Tuned = tuple[tuple[int, int, int, int, int], tuple[int | None, ...]]
+FEW: list[Tuned] = [
+    ((16, 32, 4, 3, 2), (None, 2)), ((16, 32, 4, 4, 1), (None,)), ((16, 32, 8, 3, 2), (None, 2)),
+    ((16, 64, 4, 3, 1), (None,)), ((16, 64, 8, 3, 1), (None, 1)), ((32, 64, 8, 3, 1), (None,)),
 ]  # fmt: skip
-MIDDLE = [
-    (16, 32, False, 4, 3, 2), (32, 32, False, 8, 5, 1), (32, 32, False, 8, 6, 1), (32, 64, False, 8, 3, 1),
-    (32, 32, True, 4, 3, 2), (32, 32, True, 8, 4, 1), (64, 32, False, 8, 4, 1),
+MIDDLE: list[Tuned] = [
+    ((32, 64, 8, 3, 1), (None, 2)), ((16, 32, 4, 3, 2), (None, 2)), ((16, 64, 8, 3, 1), (None,)),
+    ((64, 64, 8, 2, 1), (None,)), ((32, 32, 8, 5, 1), (None,)),
 ]  # fmt: skip
-MANY = [
-    (64, 32, False, 8, 4, 1), (64, 32, False, 8, 3, 1), (64, 64, False, 8, 2, 1), (32, 32, False, 8, 5, 1),
-    (32, 64, False, 8, 3, 1),
+MANY: list[Tuned] = [
+    ((64, 64, 8, 2, 1), (None, 1, 2)), ((64, 32, 8, 4, 1), (None,)),
+    ((32, 64, 8, 3, 1), (None,)),
 ]  # fmt: skip
+TUNED_ROWS = (
+    "128x16x8192", "64x16x4096", "64x32x4096", "1x16x8192", "128x128x8192", "32x128x8192", "ragged 128x128x4096 q1",
+)  # fmt: skip
 
 
 @dataclass
@@ -120,9 +124,8 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
     if not tune:
         return
     rows = row.q.shape[1] * row.q.shape[2]
-    for fields in FEW if rows <= 16 else MIDDLE if rows <= 32 else MANY:
+    for fields, splits in FEW if rows <= 16 else MIDDLE if rows <= 32 else MANY:
         config = DecodeConfig(*fields)
-        splits = (None, 1, 2) if len(row.lens) >= 32 else (None, 32, 64, 128) if len(row.lens) == 1 else (None,)
         for num_splits in splits:
 
             def configured(
@@ -134,11 +137,8 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
                 )  # fmt: skip
                 return out, lse
 
-            form = "T" if fields[2] else ""
-            name = (
-                f"m{fields[0]} n{fields[1]}{form} w{fields[3]} s{fields[4]} r{fields[5]} splits {num_splits or 'auto'}"
-            )
-            yield name, configured
+            m, n, warps, stages, resident = fields
+            yield f"m{m} n{n} w{warps} s{stages} r{resident} splits {num_splits or 'auto'}", configured
 
 
 def vllm_triton(row: Row) -> Iterator[Candidate]:
@@ -221,14 +221,17 @@ def record(row: Row, name: str, timing: Timing, peer: float | None) -> dict[str,
     }
 
 
-def rows(wanted: str | None) -> Iterator[Row]:
+def rows(wanted: str | None, tune: bool) -> Iterator[Row]:
+    def is_wanted(name: str) -> bool:
+        return name.startswith(wanted) if wanted else name in TUNED_ROWS or not tune
+
     for batch, heads, keys in ROWS:
         name = f"{batch}x{heads}x{keys}"
-        if wanted is None or name.startswith(wanted):
+        if is_wanted(name):
             yield build(name, [keys] * batch, heads, 1)
     for batch, heads, mean, q_len in RAGGED:
         name = f"ragged {batch}x{heads}x{mean} q{q_len}"
-        if wanted is None or name.startswith(wanted):
+        if is_wanted(name):
             generator = torch.Generator().manual_seed(0)
             lens = (torch.randn(batch, generator=generator) * mean / 2 + mean).clamp(min=q_len).int().tolist()
             yield build(name, lens, heads, q_len)
@@ -245,15 +248,18 @@ def main() -> None:
     args = parser.parse_args()
 
     records: list[dict[str, Any]] = []
-    for row in rows(args.rows):
+    for row in rows(args.rows, args.tune):
         peers: dict[str, Timing] = {}
         for candidate in [] if args.no_peers else [*vllm_triton(row), *flash_mla(row)]:
             timing, reason = measure(row, candidate, args.repeats, args.cuda_graph)
             family = candidate[0].split(" splits ")[0]
             if timing is None:
                 print(f"{row.name:24} {candidate[0]:40} {reason}")
-            elif family not in peers or timing.median < peers[family].median:
+                continue
+            if family not in peers or timing.median < peers[family].median:
                 peers[family] = timing
+            if candidate[0] == f"vllm_triton splits {VLLM_DEFAULT_SPLITS}":
+                peers["vllm_triton_default"] = timing
         peer = peers["vllm_triton"].median if "vllm_triton" in peers else None
         found = list(peers.items())
         for candidate in ours(row, args.tune):

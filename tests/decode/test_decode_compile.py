@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlakit.decode.triton_launch import DecodeConfig, _launch_decode, shared_limit
+from mlakit.decode.triton_launch import _launch_decode, shared_limit
 from mlakit.testing.offline import TARGETS, CompiledKernel, offline
 
 pytestmark = pytest.mark.compiled
@@ -18,7 +18,6 @@ def compile_for(
     page_size: int,
     rank: int = 512,
     rope: int = 64,
-    config: DecodeConfig | None = None,
 ) -> list[CompiledKernel]:
     q = torch.empty((batch, q_len, heads, rank + rope), dtype=dtype)
     cache = torch.empty((2, page_size, rank + rope), dtype=dtype)
@@ -34,7 +33,6 @@ def compile_for(
             causal=True,
             kv_lora_rank=rank,
             num_splits=None,
-            config=config,
         )
     return kernels
 
@@ -69,15 +67,6 @@ def test_keys_are_copied_asynchronously_and_hopper_uses_its_own_instructions() -
     (many,) = compile_for(90, 300, 1, 128, torch.bfloat16, 64)
     assert "HGMMA" in many.sass
     assert "LDGSTS" in many.sass
-
-
-# The transposed form copies ahead only with three stages, which fit because the rope part waits in registers.
-@pytest.mark.parametrize("num_warps", [4, 8])
-def test_the_transposed_form_holds_three_stages_without_spilling(num_warps: int) -> None:
-    config = DecodeConfig(16, 64, transposed=True, num_warps=num_warps, num_stages=3, resident=1)
-    for kernel in compile_for(90, 1, 1, 16, torch.bfloat16, 64, config=config):
-        assert kernel.spills == 0, kernel.name
-        assert kernel.shared_bytes <= shared_limit((9, 0))
 
 
 def test_the_tiny_preset_compiles() -> None:

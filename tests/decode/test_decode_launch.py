@@ -1,33 +1,55 @@
-"""How the launcher cuts a batch into pieces and picks a configuration: arithmetic, no kernel."""
+"""How the launcher divides a batch among slots and picks a configuration: arithmetic, no kernel."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlakit.decode.triton_launch import choose_config, shared_limit
-from mlakit.decode.triton_schedule import plan_pieces
+from mlakit.decode.triton_schedule import plan_slots
 
 
-def pieces_of(lens: list[int], slots: int, block_n: int, min_tiles: int) -> list[int]:
-    """What the kernel computes on the device."""
-    tiles = [-(-n // block_n) for n in lens]
-    low, high = -(-sum(tiles) // slots), -(-sum(tiles) // (slots - len(lens)))
-    tries = [max(low + (high - low) * k // 7, min_tiles) for k in range(8)]
-    each = [[max(-(-t // per_piece), 1) for t in tiles] for per_piece in tries]
-    return next(pieces for pieces in each if sum(pieces) <= slots)  # the last always fits: that is the claim
+# One long request on an idle GPU must use all of it; so must many, in equal shares. One more wave where 70 tiles of
+# rows would leave nearly half a wave idle. Short requests are not worth sharing.
+@pytest.mark.parametrize(
+    ("batch", "row_tiles", "capacity", "slots", "split"),
+    [
+        (1, 1, 131072, 132, True),
+        (1, 2, 131072, 66, True),
+        (128, 1, 8192, 132, True),
+        (300, 2, 8192, 66, True),
+        (2, 70, 8192, 7, True),
+        (16, 2, 128, 32, True),
+        (4, 1, 64, 4, False),
+    ],
+)
+def test_automatic_slots(batch: int, row_tiles: int, capacity: int, slots: int, split: bool) -> None:
+    plan = plan_slots(
+        batch=batch, row_tiles=row_tiles, capacity=capacity, block_n=32, resident=132, min_tiles=2, num_splits=None
+    )
+    assert plan.slots == slots
+    assert plan.is_split == split
 
 
+def test_named_splits_are_kept_but_for_more_than_there_are_tiles() -> None:
+    shapes = {"batch": 3, "row_tiles": 1, "capacity": 128, "block_n": 32, "resident": 132, "min_tiles": 2}
+    assert plan_slots(**shapes, num_splits=3).splits == 3
+    assert plan_slots(**shapes, num_splits=100).splits == 4
+    assert not plan_slots(**{**shapes, "capacity": 0}, num_splits=2).is_split
+
+
+# What the kernels compute on the device, in Python: every tile of every request is in exactly one slot, partial results
+# never share a place nor leave the workspace, and the combine kernel looks for them where they are.
 @given(
     lens=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
     row_tiles=st.integers(1, 8),
     resident=st.integers(1, 300),
     min_tiles=st.integers(1, 4),
-    slack=st.integers(0, 10_000),
+    slack=st.integers(1, 10_000),
 )
-def test_balanced_pieces_fit_the_slots(
+def test_slots_share_every_tile_once(
     lens: list[int], row_tiles: int, resident: int, min_tiles: int, slack: int
 ) -> None:
-    plan = plan_pieces(
+    plan = plan_slots(
         batch=len(lens),
         row_tiles=row_tiles,
         capacity=max(lens) + slack,
@@ -37,38 +59,32 @@ def test_balanced_pieces_fit_the_slots(
         num_splits=None,
     )
     if plan.splits is not None:
-        assert plan.splits == 1
         assert plan.slots == len(lens)
         return
-    assert plan.slots * row_tiles <= resident  # one wave
-    assert sum(pieces_of(lens, plan.slots, 32, min_tiles)) <= plan.slots
-
-
-# One long request on an idle GPU must use all of it; requests that fill it alone must not be cut; short ones neither.
-@pytest.mark.parametrize(
-    ("batch", "row_tiles", "capacity", "slots", "split"),
-    [(1, 1, 131072, 132, True), (1, 2, 131072, 66, True), (128, 1, 8192, 128, False), (4, 1, 64, 4, False)],
-)
-def test_automatic_splits(batch: int, row_tiles: int, capacity: int, slots: int, split: bool) -> None:
-    plan = plan_pieces(
-        batch=batch, row_tiles=row_tiles, capacity=capacity, block_n=32, resident=132, min_tiles=2, num_splits=None
-    )
-    assert plan.slots == slots
-    assert plan.is_split == split
-
-
-def test_a_batch_that_could_fill_the_gpu_does() -> None:
-    # 16 requests of 1024 keys, two tiles of heads on 132 multiprocessors: 66 slots, of which 16 x 4 can be used.
-    plan = plan_pieces(batch=16, row_tiles=2, capacity=1024, block_n=32, resident=132, min_tiles=2, num_splits=None)
-    assert plan.splits is None
-    assert pieces_of([1024] * 16, plan.slots, 32, 2) == [4] * 16
-
-
-def test_named_splits_are_kept_but_for_more_than_there_are_tiles() -> None:
-    shapes = {"batch": 3, "row_tiles": 1, "capacity": 128, "block_n": 32, "resident": 132, "min_tiles": 2}
-    assert plan_pieces(**shapes, num_splits=3).splits == 3
-    assert plan_pieces(**shapes, num_splits=100).splits == 4
-    assert not plan_pieces(**{**shapes, "capacity": 0}, num_splits=2).is_split
+    tiles = [-(-n // 32) for n in lens]
+    share = max(-(-sum(tiles) // plan.slots), min_tiles)
+    kept: dict[int, tuple[int, int]] = {}
+    for slot in range(plan.slots):
+        begin, end = slot * share, min((slot + 1) * share, sum(tiles))
+        before = 0
+        for request, own in enumerate(tiles):
+            first, last = max(begin - before, 0), min(end - before, own)
+            if first < last and last - first < own:
+                index = 2 * slot + (first == 0)
+                assert index not in kept
+                assert index < plan.partials
+                kept[index] = (request, last - first)
+            before += own
+    before = 0
+    for request, own in enumerate(tiles):
+        if own:
+            slots = range(before // share, (before + own - 1) // share + 1)
+            if len(slots) > 1:
+                found = [kept.pop(2 * slot + (i == 0)) for i, slot in enumerate(slots)]
+                assert {owner for owner, _ in found} == {request}
+                assert sum(count for _, count in found) == own
+        before += own
+    assert not kept
 
 
 # Every generation, from the 99 KiB of consumer chips to Hopper's 227, and dimensions smaller and larger than

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mlakit.decode.triton_schedule import _pieces_of_request
+from mlakit.decode.triton_schedule import _partial_index, _pieces_of_request
 
 
 @triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "rows", "row_tiles"])
 def _mla_decode_combine_kernel(
-    partial_ptr,  # [slots, row_tiles, BLOCK_M, RANK] float32
-    partial_lse_ptr,  # [slots, row_tiles, BLOCK_M] float32, base 2
+    partial_ptr,  # [partials, row_tiles, BLOCK_M, RANK] float32
+    partial_lse_ptr,  # [partials, row_tiles, BLOCK_M] float32, base 2
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
@@ -38,26 +38,30 @@ def _mla_decode_combine_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """One program merges BLOCK_C columns of one query row; it loads up to BLOCK_P partials at once, so that latency
-    is paid once.
+    is paid once. Empty requests are written here if the batch is shared evenly: no slot has them.
     """
     request = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
     begin, count = _pieces_of_request(
         seq_lens_ptr, request, batch, slots, splits, capacity, BALANCED, BLOCK_B, BLOCK_N, MIN_TILES
     )
+    length = tl.load(seq_lens_ptr + request)
     if DEPENDENT:
         # Every program waits: this grid must not end before the attention grid has.
         gdc_wait()
+    if count == 1:
+        return
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = (begin.to(tl.int64) * row_tiles + row // BLOCK_M) * BLOCK_M + row % BLOCK_M
-    step = row_tiles * BLOCK_M
     m = -float("inf")
     l = 0.0
     acc = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, count, BLOCK_P):
         pieces = start + tl.arange(0, BLOCK_P)
         live = pieces < count
-        at = first + pieces.to(tl.int64) * step
+        index = begin + pieces
+        if BALANCED:
+            index = _partial_index(index, pieces == 0)
+        at = (index.to(tl.int64) * row_tiles + row // BLOCK_M) * BLOCK_M + row % BLOCK_M
         part_lse = tl.load(partial_lse_ptr + at, mask=live, other=-float("inf"))
         part = tl.load(partial_ptr + at[:, None] * RANK + cols[None, :], mask=live[:, None], other=0.0)
         m_new = tl.maximum(m, tl.max(part_lse, 0))
@@ -67,13 +71,15 @@ def _mla_decode_combine_kernel(
         l = l * old + tl.sum(weight, 0)
         acc = acc * old + tl.sum(part * weight[:, None], 0)
         m = m_new
-    # `l == 0` only where no piece saw a key; a NaN (a request longer than its table) must stay one.
+    LN2: tl.constexpr = 0.6931471805599453
+    # `l == 0` only where no piece saw a key.
     out = tl.where(l == 0.0, 0.0, acc / l)
+    natural = tl.where(l == 0.0, -float("inf"), (m + tl.log2(l)) * LN2)
+    out = tl.where(length > capacity, float("nan"), out)  # as in the attention kernel
+    natural = tl.where(length > capacity, float("nan"), natural)
     s = row // heads
     h = row % heads
     base = out_ptr + request.to(tl.int64) * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
     tl.store(base + cols, out.to(out_ptr.dtype.element_ty))
     if tl.program_id(1) == 0:
-        LN2: tl.constexpr = 0.6931471805599453
-        natural = tl.where(l == 0.0, -float("inf"), (m + tl.log2(l)) * LN2)
         tl.store(lse_ptr + request.to(tl.int64) * rows + row, natural)

@@ -1,14 +1,16 @@
 """Launch configurations of the Triton decode kernels, chosen by one function, and the launcher."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 
 from mlakit.decode.triton_combine import _mla_decode_combine_kernel
-from mlakit.decode.triton_decode import _mla_decode_kernel, _mla_decode_transposed_kernel
-from mlakit.decode.triton_schedule import Plan, plan_pieces
-from mlakit.hardware import device_info
+from mlakit.decode.triton_decode import _mla_decode_kernel
+from mlakit.decode.triton_schedule import plan_slots
+from mlakit.hardware import DeviceInfo, device_info
 
 LOG2E = 1.4426950408889634
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
@@ -17,11 +19,10 @@ MIN_PIECE_KEYS = 64
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a decode kernel is launched."""
+    """How the decode kernel is launched."""
 
     block_m: int  # query rows (new tokens x heads) a program
     block_n: int  # keys a step
-    transposed: bool  # keys, not query rows, on the M side of the matrix instructions
     num_warps: int
     num_stages: int
     resident: int  # programs that fit a multiprocessor at once
@@ -31,14 +32,13 @@ class DecodeConfig:
         reductions.
         """
         buffers = self.num_stages if self.uses_wgmma else max(self.num_stages - 1, 1)
-        staged = kv_lora_rank if self.transposed else kv_lora_rank + rope_dim
-        keys = buffers * self.block_n * staged + (self.block_n * rope_dim if self.transposed else 0)
+        keys = buffers * self.block_n * (kv_lora_rank + rope_dim)
         return item_bytes * (keys + self.block_m * (kv_lora_rank + rope_dim + self.block_n)) + 2048
 
     @property
     def uses_wgmma(self) -> bool:
         """True if the shapes suit Hopper's warpgroup instructions, whose operands Triton keeps one stage longer."""
-        return (self.block_n if self.transposed else self.block_m) >= 64
+        return self.block_m >= 64
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
@@ -59,7 +59,7 @@ def choose_config(
     capability = capability or (8, 0)
     config = _preferred(rows, capability)
     if config.block_m * kv_lora_rank > 4096 * config.num_warps:  # 128 accumulators a thread
-        config = DecodeConfig(16, 32, False, 8, 3, 1)
+        config = DecodeConfig(16, 32, 8, 3, 1)
     limit = shared_limit(capability)
     while config.shared_bytes(kv_lora_rank, rope_dim, item_bytes) * config.resident > limit - 1024 * (
         config.resident - 1
@@ -69,14 +69,15 @@ def choose_config(
 
 
 def _preferred(rows: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Chosen by arithmetic on registers, shared memory and bytes in flight, and by the SASS; not measured on a GPU yet
-    # (benchmarks/h200/decode.py --tune does that, the transposed form included).
-    hopper = capability[0] == 9
+    # Measured on an H200 (benchmarks/h200/decode.py --tune). 64 requests of 32 heads and 4096 keys: (32, 64, 8, 3)
+    # 142 us, two tiles of 16 rows 169, (64, 32, 8, 4) 194, (32, 32, 8, 5) 207. 128 x 128 heads x 8192 keys:
+    # (64, 64, 8, 2) 1168 us, (64, 32, 8, 4) 1356, (32, 64, 8, 3) 1795. Elsewhere by arithmetic on shared memory.
+    large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
-        return DecodeConfig(16, 32, False, 4, 3, 2 if shared_limit(capability) > 200 * 1024 else 1)
-    if rows <= 32 or not hopper:
-        return DecodeConfig(32, 32, False, 8, 5 if shared_limit(capability) > 200 * 1024 else 3, 1)
-    return DecodeConfig(64, 32, False, 8, 4, 1)
+        return DecodeConfig(16, 32, 4, 3, 2 if large else 1)
+    if rows <= 32 or capability[0] != 9:
+        return DecodeConfig(32, 64, 8, 3, 1) if large else DecodeConfig(32, 32, 8, 3, 1)
+    return DecodeConfig(64, 64, 8, 2, 1)
 
 
 def _smaller(config: DecodeConfig) -> DecodeConfig:
@@ -94,7 +95,97 @@ def _smaller(config: DecodeConfig) -> DecodeConfig:
         m //= 2
     else:
         raise ValueError("no launch configuration of mla_decode fits this GPU's shared memory at these dimensions")
-    return DecodeConfig(m, n, config.transposed, config.num_warps, stages, resident)
+    return DecodeConfig(m, n, config.num_warps, stages, resident)
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """All of a call that follows from shapes, options and device: worked out once, as a decode of a few requests is
+    done sooner than this.
+    """
+
+    grid: tuple[int]
+    counts: tuple[int, ...]  # batch, q_len, heads, row_tiles, slots, splits, capacity
+    options: dict[str, Any]
+    partials: tuple[int, int]  # partial results, rows of each
+    combine_grid: tuple[int, int] | None
+    combine_counts: tuple[int, ...]
+    combine_options: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _plan_launches(
+    shape: tuple[int, int, int, int],
+    page_size: int,
+    max_pages: int,
+    item_bytes: int,
+    causal: bool,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    config: DecodeConfig | None,
+    device: DeviceInfo,
+) -> _Launches:
+    batch, q_len, heads, latent_dim = shape
+    rows, rope_dim = q_len * heads, latent_dim - kv_lora_rank
+    config = config or choose_config(
+        rows=rows,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=rope_dim,
+        item_bytes=item_bytes,
+        capability=device.capability,
+    )
+    row_tiles = triton.cdiv(rows, config.block_m)
+    capacity = max_pages * page_size
+    min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
+    plan = plan_slots(
+        batch=batch,
+        row_tiles=row_tiles,
+        capacity=capacity,
+        block_n=config.block_n,
+        resident=device.units * config.resident,
+        min_tiles=min_tiles,
+        num_splits=num_splits,
+    )
+    # From sm_90 on the combine grid may be brought up while the attention grid drains.
+    dependent = plan.is_split and device.capability is not None and device.capability[0] >= 9
+    balanced = plan.splits is None
+    shared = {
+        "BALANCED": balanced,
+        "BLOCK_B": max(16, triton.next_power_of_2(batch)) if balanced else 16,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "MIN_TILES": min_tiles,
+        "RANK": kv_lora_rank,
+        "DEPENDENT": dependent,
+    }
+    # Most partial results that a request is likely to have: loaded at once, so that latency is paid once. Where there
+    # are rows enough to fill the device, a program takes a whole one, and its start is paid less often.
+    pieces = plan.splits or triton.cdiv(plan.slots, max(batch, 1)) + 1
+    whole_rows = batch * rows >= 8 * device.units and pieces <= 8
+    block_c = min(512 if whole_rows else 128, kv_lora_rank)
+    return _Launches(
+        grid=(plan.slots * row_tiles,),
+        counts=(batch, q_len, heads, row_tiles, plan.slots, plan.splits or 0, capacity),
+        options={
+            "CAUSAL": causal and q_len > 1,
+            "PAGE_SIZE": page_size,
+            "ROPE": rope_dim,
+            "SPLIT": plan.is_split,
+            "STAGES": config.num_stages,
+            "num_warps": config.num_warps,
+            **shared,
+        },
+        partials=(plan.partials, row_tiles * config.block_m),
+        combine_grid=(batch * rows, kv_lora_rank // block_c) if plan.is_split else None,
+        combine_counts=(batch, heads, rows, row_tiles, plan.slots, plan.splits or 0, capacity),
+        combine_options={
+            "BLOCK_P": min(64, max(2, triton.next_power_of_2(pieces))),
+            "BLOCK_C": block_c,
+            "num_warps": 4,
+            **shared,
+            **({"launch_pdl": True} if dependent else {}),
+        },
+    )
 
 
 def _launch_decode(
@@ -114,46 +205,26 @@ def _launch_decode(
     """Fill `out` and `lse`. Inputs are valid already; the workspace comes from the caching allocator, so that a CUDA
     graph owns its own.
     """
-    batch, q_len, heads, latent_dim = q.shape
-    rows = q_len * heads
-    if batch == 0:
+    if q.shape[0] == 0:
         return
-    rope_dim = latent_dim - kv_lora_rank
-    device = device_info(q.device)
-    config = config or choose_config(
-        rows=rows,
-        kv_lora_rank=kv_lora_rank,
-        rope_dim=rope_dim,
-        item_bytes=q.element_size(),
-        capability=device.capability,
+    plan = _plan_launches(
+        q.shape,
+        cache.shape[1],
+        block_table.shape[1],
+        q.element_size(),
+        causal,
+        kv_lora_rank,
+        num_splits,
+        config,
+        device_info(q.device),
     )
-    row_tiles = triton.cdiv(rows, config.block_m)
-    page_size = cache.shape[1]
-    capacity = block_table.shape[1] * page_size
-    min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
-    plan = plan_pieces(
-        batch=batch,
-        row_tiles=row_tiles,
-        capacity=capacity,
-        block_n=config.block_n,
-        resident=device.units * config.resident,
-        min_tiles=min_tiles,
-        num_splits=num_splits,
-    )
-    partial, partial_lse = _workspace(q, plan, row_tiles * config.block_m, kv_lora_rank, out, lse)
-    # From sm_90 on the combine grid may be brought up while the attention grid drains.
-    dependent = plan.is_split and device.capability is not None and device.capability[0] >= 9
-    shared = {
-        "BALANCED": plan.splits is None,
-        "BLOCK_B": max(16, triton.next_power_of_2(batch)) if plan.splits is None else 16,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "MIN_TILES": min_tiles,
-        "RANK": kv_lora_rank,
-        "DEPENDENT": dependent,
-    }
-    kernel = _mla_decode_transposed_kernel if config.transposed else _mla_decode_kernel
-    kernel[(plan.slots * row_tiles,)](
+    partial, partial_lse = out, lse  # never touched if nothing is split; a kernel argument needs some pointer
+    if plan.combine_grid is not None:
+        partials, rows = plan.partials
+        partial = torch.empty((partials, rows, kv_lora_rank), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty((partials, rows), dtype=torch.float32, device=q.device)
+    out_strides = out.stride()[:3]
+    _mla_decode_kernel[plan.grid](
         q,
         cache,
         block_table,
@@ -166,53 +237,11 @@ def _launch_decode(
         *q.stride()[:3],
         *cache.stride()[:2],
         block_table.stride(0),
-        *out.stride()[:3],
-        batch,
-        q_len,
-        heads,
-        row_tiles,
-        plan.slots,
-        plan.splits or 0,
-        capacity,
-        CAUSAL=causal and q_len > 1,
-        PAGE_SIZE=page_size,
-        ROPE=rope_dim,
-        SPLIT=plan.is_split,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        **shared,
+        *out_strides,
+        *plan.counts,
+        **plan.options,
     )
-    if not plan.is_split:
-        return
-    most = plan.splits or plan.slots - batch + 1
-    block_p = min(64, max(2, triton.next_power_of_2(most)))
-    block_c = min(128, kv_lora_rank)
-    _mla_decode_combine_kernel[(batch * rows, kv_lora_rank // block_c)](
-        partial,
-        partial_lse,
-        seq_lens,
-        out,
-        lse,
-        *out.stride()[:3],
-        batch,
-        heads,
-        rows,
-        row_tiles,
-        plan.slots,
-        plan.splits or 0,
-        capacity,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        **shared,
-        **({"launch_pdl": True} if dependent else {}),
-    )
-
-
-def _workspace(
-    q: torch.Tensor, plan: Plan, rows: int, kv_lora_rank: int, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not plan.is_split:
-        return out, lse  # never touched; a kernel argument needs some pointer
-    partial = torch.empty((plan.slots, rows, kv_lora_rank), dtype=torch.float32, device=q.device)
-    return partial, torch.empty((plan.slots, rows), dtype=torch.float32, device=q.device)
+    if plan.combine_grid is not None:
+        _mla_decode_combine_kernel[plan.combine_grid](
+            partial, partial_lse, seq_lens, out, lse, *out_strides, *plan.combine_counts, **plan.combine_options
+        )

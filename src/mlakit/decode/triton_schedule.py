@@ -1,8 +1,11 @@
-"""Who does what: cutting the keys of a batch into pieces, with no host sync and no metadata kernel.
+"""Who does what: dividing the keys of a batch among programs, with no host sync and no metadata kernel.
 
-A *piece* is a run of one request's keys that one program attends to. Every program finds its own piece from
-`seq_lens`; the combine kernel finds the pieces of a request the same way. So lengths may change between replays of a
-CUDA graph.
+A *slot* is a program for every tile of query rows. Either the slots share all keys of the batch evenly (BALANCED):
+keys, counted in tiles of BLOCK_N and laid end to end, are cut into equal ranges, and a slot walks through the requests
+of its range; lengths may be as ragged as they like. Or every request is cut into a number of pieces that the caller
+named.
+Programs find their part from `seq_lens` themselves, and the combine kernel finds the pieces of a request the same way,
+so lengths may change between replays of a CUDA graph.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -16,8 +19,8 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Plan:
-    """How many programs a batch gets. `slots` counts pieces (each has one program per tile of query rows); `splits` is
-    None where pieces are balanced over the batch, else every request is cut into that many.
+    """How many slots a batch gets. `splits` is None where they share the batch evenly, else every request is cut into
+    that many pieces.
     """
 
     slots: int
@@ -28,88 +31,85 @@ class Plan:
         """True if a request may be cut, so that partial results and the combine kernel are needed."""
         return self.splits is None or self.splits > 1
 
+    @property
+    def partials(self) -> int:
+        """Partial results that may have to be kept: an evenly shared slot has at most two, of the request that it
+        takes over from the slot before and of the one that it leaves to the next.
+        """
+        if not self.is_split:
+            return 0
+        return 2 * self.slots if self.splits is None else self.slots
 
-def plan_pieces(
+
+def plan_slots(
     *, batch: int, row_tiles: int, capacity: int, block_n: int, resident: int, min_tiles: int, num_splits: int | None
 ) -> Plan:
-    """Choose the number of pieces from what the host knows; `resident` programs run at once, `capacity` keys fit a
+    """Choose the number of slots from what the host knows; `resident` programs run at once, `capacity` keys fit a
     request's table.
 
-    `slots - batch` is the budget that lengths are divided by: as each request rounds up by at most one piece, all
-    pieces together never exceed `slots`, and all of them run in one wave. If requests alone fill half the device,
-    cutting them costs more than it gives.
+    One wave of programs, as all get the same work; several where the tiles of query rows would leave part of one idle.
     """
-    most = max(1, triton.cdiv(triton.cdiv(capacity, block_n), min_tiles))
+    tiles = -(-capacity // block_n)
     if num_splits is not None:
-        splits = min(num_splits, triton.cdiv(capacity, block_n) or 1)
+        splits = min(num_splits, tiles or 1)
         return Plan(batch * splits, splits)
-    slots = min(resident // row_tiles, batch * most + batch)
-    if most == 1 or slots < 2 * batch:
+    if tiles <= min_tiles:
         return Plan(batch, 1)
-    return Plan(slots, None)
+    slots = resident // row_tiles
+    if slots * row_tiles < 0.8 * resident:
+        slots = max(1, 4 * resident // row_tiles)
+    return Plan(min(slots, batch * -(-tiles // min_tiles)), None)
 
 
 @triton.jit
-def _balanced_pieces(
+def _tiles_of(length, capacity, BLOCK_N: tl.constexpr):
+    return tl.cdiv(tl.minimum(tl.maximum(length, 0), capacity), BLOCK_N)
+
+
+@triton.jit
+def _all_tiles(
     seq_lens_ptr, batch, slots, capacity, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr
 ):
-    """Tiles and pieces of every request. The sum of the pieces is at most `slots`, and an empty request has one (it
-    writes zeros).
-    """
+    """Requests, their tiles, and the tiles a slot takes."""
     requests = tl.arange(0, BLOCK_B)
-    lens = tl.load(seq_lens_ptr + requests, mask=requests < batch, other=0)
-    lens = tl.minimum(tl.maximum(lens, 0), capacity)
-    tiles = (lens + BLOCK_N - 1) // BLOCK_N
-    # `high` keys a piece always fit the slots; fewer often do, as not every request wastes a piece: 16 requests of 1024
-    # keys and 128 heads on 132 multiprocessors run in 8 tiles a program instead of 11.
-    total = tl.sum(tiles, 0)
-    low = tl.cdiv(total, slots)
-    high = tl.cdiv(total, slots - batch)
-    tries = tl.maximum(low + (high - low) * tl.arange(0, 8) // 7, MIN_TILES)
-    needed = tl.maximum((tiles[None, :] + tries[:, None] - 1) // tries[:, None], 1)
-    needed = tl.sum(tl.where((requests < batch)[None, :], needed, 0), 1)
-    per_piece = tl.min(tl.where(needed <= slots, tries, tl.maximum(high, MIN_TILES)), 0)
-    pieces = tl.maximum((tiles + per_piece - 1) // per_piece, 1)
-    return requests, tiles, tl.where(requests < batch, pieces, 0)
+    tiles = _tiles_of(tl.load(seq_lens_ptr + requests, mask=requests < batch, other=0), capacity, BLOCK_N)
+    return requests, tiles, tl.maximum(tl.cdiv(tl.sum(tiles, 0), slots), MIN_TILES)
 
 
 @triton.jit
-def _find_piece(
-    seq_lens_ptr,
-    slot,
-    batch,
-    slots,
-    splits,
-    capacity,
-    BALANCED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
+def _range_of_slot(
+    seq_lens_ptr, slot, batch, slots, capacity, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr
 ):
-    """The request of a slot (`batch` if the slot is idle), its piece, and the number of pieces of that request."""
-    if BALANCED:
-        requests, _, pieces = _balanced_pieces(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
-        request = tl.sum(((tl.cumsum(pieces, 0) <= slot) & (requests < batch)).to(tl.int32), 0)
-        begin = tl.sum(tl.where(requests < request, pieces, 0), 0)
-        count = tl.sum(tl.where(requests == request, pieces, 0), 0)
-        piece = slot - begin
-    elif SPLIT:
-        request = slot // splits
-        piece = slot % splits
-        count = _even_pieces(seq_lens_ptr, request, splits, capacity, BLOCK_N)
-        request = tl.where(piece < count, request, batch)
-    else:
-        request = slot
-        piece = slot * 0
-        count = piece + 1
-    return request, piece, count
+    """First and last request of an evenly shared slot (last < first if it is idle), the tiles in front of the first,
+    and where the slot begins and ends in tiles of the whole batch.
+    """
+    requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
+    begin = slot * share
+    end = tl.minimum(begin + share, tl.sum(tiles, 0))
+    ends = tl.cumsum(tiles, 0)
+    first = tl.sum((ends <= begin).to(tl.int32), 0)
+    last = tl.where(begin < end, tl.sum((ends < end).to(tl.int32), 0), -1)
+    before = tl.sum(tl.where(requests < first, tiles, 0), 0)
+    return first, last, before, begin, end
 
 
 @triton.jit
-def _even_pieces(seq_lens_ptr, request, splits, capacity, BLOCK_N: tl.constexpr):
-    length = tl.minimum(tl.maximum(tl.load(seq_lens_ptr + request), 0), capacity)
-    return tl.maximum(tl.minimum(splits, tl.cdiv(length, BLOCK_N)), 1)
+def _even_pieces(length, splits, capacity, BLOCK_N: tl.constexpr):
+    """Pieces of a request where the caller named a number: never more than it has tiles."""
+    return tl.maximum(tl.minimum(splits, _tiles_of(length, capacity, BLOCK_N)), 1)
+
+
+@triton.jit
+def _even_bounds(piece, count, length, capacity, BLOCK_N: tl.constexpr):
+    """First tile of a piece, and the one past its last: even to one tile, and none of a live request is empty."""
+    tiles = _tiles_of(length, capacity, BLOCK_N).to(tl.int64)
+    return (piece * tiles // count).to(tl.int32), ((piece + 1) * tiles // count).to(tl.int32)
+
+
+@triton.jit
+def _partial_index(slot, starts_request):
+    """Where an evenly shared slot keeps a partial result: the request it leaves to the next slot comes second."""
+    return 2 * slot + starts_request.to(tl.int32)
 
 
 @triton.jit
@@ -125,12 +125,16 @@ def _pieces_of_request(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """First slot and number of pieces of a request: the combine kernel's side of `_find_piece`."""
+    """First slot and number of pieces of a request: the combine kernel's side. One piece needs no combining; none is an
+    empty request.
+    """
     if BALANCED:
-        requests, _, pieces = _balanced_pieces(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
-        begin = tl.sum(tl.where(requests < request, pieces, 0), 0)
-        count = tl.sum(tl.where(requests == request, pieces, 0), 0)
+        requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
+        before = tl.sum(tl.where(requests < request, tiles, 0), 0)
+        own = tl.sum(tl.where(requests == request, tiles, 0), 0)
+        first = before // share
+        count = tl.where(own > 0, (before + own - 1) // share - first + 1, 0)
     else:
-        begin = request * splits
-        count = _even_pieces(seq_lens_ptr, request, splits, capacity, BLOCK_N)
-    return begin, count
+        first = request * splits
+        count = _even_pieces(tl.load(seq_lens_ptr + request), splits, capacity, BLOCK_N)
+    return first, count
