@@ -88,6 +88,19 @@ def test_second_run_keeps_the_first_record(mlakit, tmp_path):
     assert Record.load(tmp_path / "o.json.bak").rows[0].config.batch_spec == "q1s9"
 
 
+def test_resume_without_a_file_finds_the_run_with_these_settings(mlakit, tmp_path):
+    run = ("bench", "--backend", "torch_absorb", *TINY, "--batch-specs")
+    assert mlakit(*run, "q1s9").returncode == 0
+    (first,) = tmp_path.glob("mlakit-runs/*/record.json")
+    other = mlakit(*run, "q1s10", "--resume")
+    assert other.returncode == 2  # that run measured something else, and must not be mixed with this one
+    assert "nothing to resume" in other.stderr
+    more = mlakit(*run, "q1s9", "q1s10", "--resume")
+    assert more.returncode == 0, more.stderr
+    assert "1 of 2 rows are there" in more.stderr
+    assert [row.config.batch_spec for row in Record.load(first).rows] == ["q1s9", "q1s10"]
+
+
 def test_decode_vs_prefill_names_the_crossover(mlakit, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "mode: decode_vs_prefill\nmodel: {name: tiny, num_layers: 1}\nbackend: SDPA\n"

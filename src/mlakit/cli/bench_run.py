@@ -1,5 +1,6 @@
 """What `mlakit bench` does once its flags are read: plan, probe, run, show, and say where everything is."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -75,7 +76,7 @@ class _Paths:
 
     def __init__(self, plan: Plan, resume: bool) -> None:
         told = {kind: Path(path) for kind, path in plan.output.items() if path}
-        folder = (_latest(plan.name) if resume else None) or RUNS / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = (_latest(plan) if resume else None) or RUNS / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
         self.json = told.get("json") or folder / "record.json"
         # Naming any file means: these, and the record that makes resuming possible. Naming none: all of them.
         self.csv = told.get("csv") or (None if told else folder / "results.csv")
@@ -85,9 +86,14 @@ class _Paths:
                 raise ValueError(f"{path} is a folder; expected a file to write to")
 
 
-def _latest(name: str) -> Path | None:
-    found = sorted(path.parent for path in RUNS.glob(f"{name}-*/record.json"))
-    return found[-1] if found else None
+def _latest(plan: Plan) -> Path | None:
+    """The folder of the newest run that this plan would go on with: all its rows are rows of the plan."""
+    planned = {row.key for row in plan.rows}
+    for path in sorted(RUNS.glob(f"{plan.name}-*/record.json"), reverse=True):
+        with contextlib.suppress(ValueError):  # no record of this mlakit, or a broken one: not what is looked for
+            if {row.config.key for row in Record.load(path).rows} <= planned:
+                return path.parent
+    return None
 
 
 def _open_record(plan: Plan, device: Device, paths: _Paths, resume: bool, command: Sequence[str]) -> Record:
@@ -110,7 +116,7 @@ def _open_record(plan: Plan, device: Device, paths: _Paths, resume: bool, comman
     elif resume and plan.output.get("json"):
         raise ValueError(f"nothing to resume: {paths.json} does not exist")
     elif resume:
-        raise ValueError(f"nothing to resume: no record of {plan.name!r} in {RUNS}/")
+        raise ValueError(f"nothing to resume: no record of {plan.name!r} with these settings in {RUNS}/")
     return Record(
         name=plan.name, description=plan.description, mode=plan.mode, planned=len(plan.rows), sessions=[session]
     )
