@@ -120,4 +120,6 @@ def backward_configs(
         return PrefillConfig(32, 128, 8, 2), PrefillConfig(128, 64, 8, 2)
     if width > 192:
         return PrefillConfig(16, 64, 8, 2), PrefillConfig(64, 32, 8, 2)
-    return PrefillConfig(32, 32, 4, 2), PrefillConfig(32, 32, 4, 2)
+    if width <= 128:
+        return PrefillConfig(32, 64, 8, 2), PrefillConfig(32, 32, 4, 2)
+    return PrefillConfig(32, 32, 4, 2), PrefillConfig(32, 32, 4, 2)  # 64 keys spill 2600 registers

@@ -145,20 +145,22 @@ def _prefill_backward_kv_kernel(
             q_block = q_base + (q_row + m) * stride_qt
             do_block = do_base + (q_row + m) * stride_dt
             q0 = load_rows(q_block, m_rows, stride_qt, d0, left, qk_dim, True, PAD_QK and D1 == 0)
-            s = tl.dot(k0, tl.trans(q0))
             q1 = q0
             if D1 > 0:
                 q1 = load_rows(q_block, m_rows, stride_qt, d1, left, qk_dim, True, PAD_QK)
-                s = tl.dot(k1, tl.trans(q1), s)
+            do = load_rows(do_block, m_rows, stride_dt, dv_cols, left, v_dim, True, PAD_V)
             # Rows past the sequence's end get P = 0.
             lse2 = tl.load(lse2_ptr + row_base + m + m_rows, mask=m_rows < left, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + m + m_rows, mask=m_rows < left, other=0.0)
+            s = tl.dot(k0, tl.trans(q0))
+            if D1 > 0:
+                s = tl.dot(k1, tl.trans(q1), s)
+            # Not needed yet: the tensor cores work on it while P is computed.
+            dp = tl.dot(v, tl.trans(do))
             p = tl.exp2(s * scale_log2 - lse2[None, :])
             if CAUSAL:  # noqa: SIM102 - decided at compile time, the other one at run time
                 if m + offset < n0 + BLOCK_N - 1:
                     p = tl.where(n0 + n_rows[:, None] <= offset + m + m_rows[None, :], p, 0.0)
-            do = load_rows(do_block, m_rows, stride_dt, dv_cols, left, v_dim, True, PAD_V)
-            dp = tl.dot(v, tl.trans(do))
             dv = tl.dot(p.to(do.dtype), do, dv)
             ds = (p * (dp - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(ds, q0, dk0)
@@ -274,16 +276,17 @@ def _prefill_backward_q_kernel(
         v_block = v_base + (k_row + n) * stride_vt
         k0 = load_rows(k_block, n_rows, stride_kt, d0, k_len - n, qk_dim, True, PAD_QK and D1 == 0)
         v = load_rows(v_block, n_rows, stride_vt, dv_cols, k_len - n, v_dim, True, PAD_V)
-        s = tl.dot(q0, tl.trans(k0))
         k1 = k0
         if D1 > 0:
             k1 = load_rows(k_block, n_rows, stride_kt, d1, k_len - n, qk_dim, True, PAD_QK)
+        s = tl.dot(q0, tl.trans(k0))
+        if D1 > 0:
             s = tl.dot(q1, tl.trans(k1), s)
+        dp = tl.dot(do, tl.trans(v))
         p = tl.exp2(s * scale_log2 - lse2[:, None])
         # Keys past the end are zeros here and would still get P = exp2(-lse), which may be inf.
         if n + BLOCK_N > full:
             p = tl.where(n + n_rows[None, :] < limit[:, None], p, 0.0)
-        dp = tl.dot(do, tl.trans(v))
         ds = (p * (dp - delta[:, None])).to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0)
         if D1 > 0:
