@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlakit.backends.base import Available, Backend
+from mlakit.backends.torch_common import TorchBackend, hidden_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     import torch
 
     from mlakit.backends.problem import Group, MLAProblem, Problem, StandardProblem
-    from mlakit.hardware import DeviceInfo
 
 
-class SDPA(Backend):
+class SDPA(TorchBackend):
     """One SDPA call for all requests of a shape."""
 
     name = "sdpa"
@@ -23,12 +22,6 @@ class SDPA(Backend):
     attention = frozenset({"mla", "standard"})
     decode_mode = "mqa"
     prefill_mode = "mha"
-
-    def availability(self, device: DeviceInfo) -> Available:
-        """PyTorch is always there."""
-        import torch
-
-        return Available(f"torch {torch.__version__}")
 
     def prepare_mqa(self, problem: MLAProblem, **parameters: Any) -> Callable[..., torch.Tensor]:
         """Heads become rows of one query, as no SDPA kernel shares a key of 576 among heads without copying it."""
@@ -83,8 +76,6 @@ class SDPA(Backend):
 
 def _visible(group: Group, problem: Problem) -> torch.Tensor | None:
     """Mask [q_len, kv_len] of the keys that a query token sees, or None for all."""
-    from mlakit.backends.torch_naive import hidden_keys
-
     hidden = hidden_keys(group, problem)
     return None if hidden is None else hidden.logical_not()
 

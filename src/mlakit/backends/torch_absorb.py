@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlakit.backends.base import Available, Backend
+from mlakit.backends.torch_common import TorchBackend, hidden_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     import torch
 
     from mlakit.backends.problem import MLAProblem
-    from mlakit.hardware import DeviceInfo
 
 
-class TorchAbsorb(Backend):
+class TorchAbsorb(TorchBackend):
     """Matrix products and a float32 softmax over the latent cache, in both pipelines."""
 
     name = "torch_absorb"
@@ -24,17 +23,9 @@ class TorchAbsorb(Backend):
     decode_mode = "mqa"
     prefill_mode = "mqa"
 
-    def availability(self, device: DeviceInfo) -> Available:
-        """PyTorch is always there."""
-        import torch
-
-        return Available(f"torch {torch.__version__}")
-
     def prepare_mqa(self, problem: MLAProblem, **parameters: Any) -> Callable[..., torch.Tensor]:
         """Heads and query tokens of a request fold into the rows of one product with its keys."""
         import torch
-
-        from mlakit.backends.torch_naive import hidden_keys
 
         batch, rank, scale = problem.batch, problem.dims.kv_lora_rank, problem.softmax_scale
         plans = [(g, batch.slots[g.keys], hidden_keys(g, problem)) for g in batch.groups]

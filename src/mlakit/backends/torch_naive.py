@@ -6,29 +6,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlakit.backends.base import Available, Backend
+from mlakit.backends.torch_common import TorchBackend, hidden_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from mlakit.backends.problem import Group, MLAProblem, Problem, StandardProblem
-    from mlakit.hardware import DeviceInfo
+    from mlakit.backends.problem import MLAProblem, StandardProblem
 
 
-def hidden_keys(group: Group, problem: Problem) -> torch.Tensor | None:
-    """Mask [q_len, kv_len] of the keys that a causal query token must not see (bottom-right); None if it sees all."""
-    import torch
-
-    if not problem.causal or group.q_len == 1:
-        return None
-    shape = (group.q_len, group.kv_len)
-    visible = torch.ones(shape, dtype=torch.bool, device=problem.device).tril_(group.kv_len - group.q_len)
-    return visible.logical_not_()
-
-
-class TorchNaive(Backend):
+class TorchNaive(TorchBackend):
     """Two matrix products and a float32 softmax, requests of equal shape batched."""
 
     name = "torch_naive"
@@ -36,12 +24,6 @@ class TorchNaive(Backend):
     attention = frozenset({"mla", "standard"})
     decode_mode = "mha"
     prefill_mode = "mha"
-
-    def availability(self, device: DeviceInfo) -> Available:
-        """PyTorch is always there."""
-        import torch
-
-        return Available(f"torch {torch.__version__}")
 
     def prepare_mha(self, problem: MLAProblem, **parameters: Any) -> Callable[..., torch.Tensor]:
         """Keys and values arrive ragged, [keys, heads, dim]."""
