@@ -111,3 +111,13 @@ def test_operators_keep_their_schemas():
     torch.library.opcheck(ops.concat_k, (k_nope, k_pe))
     out = torch.empty(5, 16, 192, device="cuda")
     torch.library.opcheck(ops.concat_k_out, (k_nope.detach(), k_pe.detach(), out))
+
+
+def test_a_launch_is_remembered_only_for_addresses_aligned_alike():
+    # One shape and one set of strides, whose addresses are multiples of 16, 8, 4 and 2 bytes in turn.
+    room = torch.randn(3 * 6 * 16 + 8, device="cuda").bfloat16()
+    k_pe = torch.randn(3, 1, 8, device="cuda").bfloat16()
+    for start in (0, 1, 4, 2, 0, 8, 1):
+        k_nope = room[start : start + 3 * 6 * 16].view(3, 6, 16)
+        for _ in range(2):
+            assert torch.equal(concat_k(k_nope, k_pe, impl="triton"), concat_k_cat(k_nope, k_pe))

@@ -3,6 +3,7 @@ import torch
 
 from mlakit.quant import act_quant, fp8_gemm, ops, weight_dequant, weight_quant
 from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
+from mlakit.quant.triton_gemm import GemmConfig, launch_fp8_gemm
 from mlakit.testing import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +108,28 @@ def test_fp8_gemm_against_float64(lead, n, k, dtype):
     eager = fp8_gemm_reference(a, a_scales, b, b_scales, torch.bfloat16)
     assert out.dtype == dtype
     assert_close(out, reference, eager)
+
+
+# Both ways of loading and both of scaling; tiles that rows, columns and K do not fill, and none that they do not.
+@pytest.mark.parametrize(("m", "n", "k"), [(300, 260, 400), (1024, 2112, 7168)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(64, 128, 4, 3, descriptors=True),
+        GemmConfig(64, 128, 8, 4, deferred=True),
+        GemmConfig(128, 128, 8, 4, descriptors=True, deferred=True),
+        GemmConfig(16, 32, 4, 5, descriptors=True),
+    ],
+)
+def test_fp8_gemm_by_every_kind_of_configuration(config, m, n, k):
+    a, b = torch.randn(m, k, device="cuda").to(F8), torch.randn(n, k, device="cuda").to(F8)
+    blocks = -(-k // 128)
+    a_scales = torch.rand(m, blocks, device="cuda") + 0.5
+    b_scales = (torch.rand(-(-n // 128), blocks, device="cuda") * 4).exp2()
+    out = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device="cuda")
+    launch_fp8_gemm(a, a_scales, b, b_scales, out, config)
+    reference = fp8_gemm_reference(a, a_scales, b, b_scales, torch.float64)
+    assert_close(out, reference, fp8_gemm_reference(a, a_scales, b, b_scales))
 
 
 def test_a_nan_stays_in_its_row():

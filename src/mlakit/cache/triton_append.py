@@ -10,6 +10,7 @@ import triton.language as tl
 
 from mlakit.cache.layout import GROUP
 from mlakit.triton_e4m3 import block_scale, divide, fp32_to_e4m3, has_e4m3
+from mlakit.triton_launch import Launches
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def _append_latent_kernel(
             tl.store(row_ptr + RANK + i, k_pe, mask=live_rope)
 
 
+_LAUNCHES = Launches(_append_latent_kernel)
+
+
 def launch_append(
     kv: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -113,38 +117,52 @@ def launch_append(
     config: AppendConfig | None = None,
 ) -> None:
     """Write kv's tokens to their slots of `cache`; shapes and dtypes are the caller's promise."""
+    tensors = (
+        kv, norm_weight, cos, sin, cache, slot_mapping, slot_mapping if positions is None else positions
+    )  # fmt: skip
+    key = (
+        tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]),
+        positions is None,
+        eps,
+        interleaved,
+        ue8m0,
+        config,
+    )
+    if kv.is_cuda and _LAUNCHES.again(key, kv.device, tensors):
+        return
     tokens, width = kv.shape
     rank = norm_weight.shape[0]
     rope = width - rank
     if tokens == 0:
         return
     config = config or AppendConfig()
-    _append_latent_kernel[(tokens,)](
-        kv,
-        norm_weight,
-        cos,
-        sin,
-        cache,
-        slot_mapping,
-        slot_mapping if positions is None else positions,
-        eps,
-        cache.shape[1],
-        kv.stride(0),
-        cos.stride(0),
-        cos.stride(1),
-        sin.stride(0),
-        sin.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        RANK=rank,
-        ROPE=rope,
-        GROUP=GROUP,
-        GROUPS=triton.next_power_of_2(triton.cdiv(rank, GROUP)),
-        BLOCK_ROPE=triton.next_power_of_2(rope),
-        HAS_POSITIONS=positions is not None,
-        INTERLEAVED=interleaved,
-        FP8=cache.dtype == torch.uint8,
-        UE8M0=ue8m0,
-        NATIVE=has_e4m3(cache.device),
+    _LAUNCHES.first(
+        key,
+        kv.device,
+        (tokens, 1, 1),
+        tensors,
+        (
+            eps,
+            cache.shape[1],
+            kv.stride(0),
+            cos.stride(0),
+            cos.stride(1),
+            sin.stride(0),
+            sin.stride(1),
+            cache.stride(0),
+            cache.stride(1),
+        ),
+        {
+            "RANK": rank,
+            "ROPE": rope,
+            "GROUP": GROUP,
+            "GROUPS": triton.next_power_of_2(triton.cdiv(rank, GROUP)),
+            "BLOCK_ROPE": triton.next_power_of_2(rope),
+            "HAS_POSITIONS": positions is not None,
+            "INTERLEAVED": interleaved,
+            "FP8": cache.dtype == torch.uint8,
+            "UE8M0": ue8m0,
+            "NATIVE": has_e4m3(cache.device),
+        },
         num_warps=config.num_warps,
     )

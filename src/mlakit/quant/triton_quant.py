@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from mlakit.triton_e4m3 import block_scale, divide, e4m3_to_fp32, fp32_to_e4m3, has_e4m3
+from mlakit.triton_launch import Launches
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def _weight_dequant_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live, cache_modifier=STORE_CACHE)
 
 
+_ACT_QUANT = Launches(_act_quant_kernel)
+_WEIGHT_DEQUANT = Launches(_weight_dequant_kernel)
+
+
 def launch_act_quant(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -114,25 +119,32 @@ def launch_act_quant(
     config: ActQuantConfig | None = None,
 ) -> None:
     """Quantize `x` into `codes` and `scales`, both contiguous."""
+    key = (x.shape, x.stride(), x.dtype, block_size, ue8m0, config)
+    if x.is_cuda and _ACT_QUANT.again(key, x.device, (x, codes, scales)):
+        return
     groups = scales.numel()
     if groups == 0:
         return
     config = config or ActQuantConfig()
-    rows = x.reshape(-1, x.shape[-1])  # a copy only if the rows are not evenly spaced
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.data_ptr() != x.data_ptr():  # rows are not evenly spaced, and this is a copy: the launch is another
+        launch_act_quant(rows, codes, scales, block_size=block_size, ue8m0=ue8m0, config=config)
+        return
     block_groups = max(config.elements // block_size, 1)
-    _act_quant_kernel[(triton.cdiv(groups, block_groups),)](
-        rows,
-        codes.view(torch.uint8),
-        scales,
-        groups,
-        rows.shape[1] // block_size,
-        rows.stride(0),
-        BLOCK_SIZE=block_size,
-        BLOCK_GROUPS=block_groups,
-        CONTIGUOUS=rows.is_contiguous(),
-        UE8M0=ue8m0,
-        NATIVE=has_e4m3(x.device),
-        STORE_CACHE=".cs" if config.streaming else "",
+    _ACT_QUANT.first(
+        key,
+        x.device,
+        (triton.cdiv(groups, block_groups), 1, 1),
+        (rows, codes.view(torch.uint8), scales),
+        (groups, rows.shape[1] // block_size, rows.stride(0)),
+        {
+            "BLOCK_SIZE": block_size,
+            "BLOCK_GROUPS": block_groups,
+            "CONTIGUOUS": rows.is_contiguous(),
+            "UE8M0": ue8m0,
+            "NATIVE": has_e4m3(x.device),
+            "STORE_CACHE": ".cs" if config.streaming else "",
+        },
         num_warps=config.num_warps,
     )
 
@@ -146,6 +158,9 @@ def launch_weight_dequant(
     config: WeightDequantConfig | None = None,
 ) -> None:
     """Dequantize `w` into `out`, contiguous."""
+    key = (w.shape, w.stride(), scales.stride(), out.dtype, block_size, config)
+    if w.is_cuda and _WEIGHT_DEQUANT.again(key, w.device, (w, scales, out)):
+        return
     rows, columns = w.shape
     if out.numel() == 0:
         return
@@ -153,20 +168,19 @@ def launch_weight_dequant(
     block_rows = min(config.block_rows, block_size)
     block_columns = max(config.block_columns, block_size)
     column_blocks = triton.cdiv(columns, block_columns)
-    _weight_dequant_kernel[(triton.cdiv(rows, block_rows) * column_blocks,)](
-        w.view(torch.uint8),
-        scales,
-        out,
-        rows,
-        columns,
-        column_blocks,
-        w.stride(0),
-        scales.stride(0),
-        BLOCK_SIZE=block_size,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        NARROW=config.narrow,
-        NATIVE=has_e4m3(w.device),
-        STORE_CACHE=".cs" if config.streaming else "",
+    _WEIGHT_DEQUANT.first(
+        key,
+        w.device,
+        (triton.cdiv(rows, block_rows) * column_blocks, 1, 1),
+        (w.view(torch.uint8), scales, out),
+        (rows, columns, column_blocks, w.stride(0), scales.stride(0)),
+        {
+            "BLOCK_SIZE": block_size,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_COLUMNS": block_columns,
+            "NARROW": config.narrow,
+            "NATIVE": has_e4m3(w.device),
+            "STORE_CACHE": ".cs" if config.streaming else "",
+        },
         num_warps=config.num_warps,
     )
