@@ -1,8 +1,12 @@
 """Choosing an implementation, and refusing one in words: shared by every operation's `api.py`."""
 
+import importlib.util
+import os
 from collections.abc import Mapping
 
 import torch
+
+from mlakit.hardware import capability
 
 
 def choose(operation: str, impl: str | None, candidates: Mapping[str, str | None]) -> str:
@@ -32,16 +36,84 @@ def choose(operation: str, impl: str | None, candidates: Mapping[str, str | None
     return impl
 
 
+def choose_triton(
+    operation: str, impl: str | None, tensor: torch.Tensor, reason: str | None = None, others: tuple[str, ...] = ()
+) -> str:
+    """`choose` among "triton" and plain PyTorch, for an operation on `tensor`'s device.
+
+    Args:
+        operation: the public function's name, for messages.
+        impl: what the caller asked for; None takes the kernel on a GPU, and the first of `others` on a CPU, which has
+            the kernel only under Triton's interpreter: that is for tests.
+        tensor: any of the inputs.
+        reason: why the kernel cannot run these inputs, None if it can; what the device lacks is found here.
+        others: implementations that run anywhere; ("reference",) if none are given.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`.
+    """
+    if reason is None:
+        reason = why_not_triton(str(tensor.device))
+    if reason is None and (impl == "triton" or (impl is None and tensor.is_cuda)):
+        return "triton"
+    candidates = dict.fromkeys(others or ("reference",))
+    kernel = {"triton": reason}
+    return choose(operation, impl, {**kernel, **candidates} if tensor.is_cuda else {**candidates, **kernel})
+
+
+def why_not_triton(device: str) -> str | None:
+    """Why a Triton kernel cannot run on a device, None if it can."""
+    if not device.startswith("cuda"):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1), got tensors on {device}"
+    if device not in _reasons:
+        found = capability(device)
+        if importlib.util.find_spec("triton") is None:
+            _reasons[device] = "triton is not installed"
+        elif found is None or found < (8, 0):
+            _reasons[device] = f"it needs compute capability 8.0 or more, got {found}"
+        else:
+            _reasons[device] = None
+    return _reasons[device]
+
+
+_reasons: dict[str, str | None] = {}
+
+# torch.compile need not look into what a device is. This is all that torch.compiler.assume_constant_result does, but
+# that one imports torch._dynamo, and with it triton, on the spot.
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unobserved(*tensors: torch.Tensor) -> bool:
+    """Does nobody look at what is done with these tensors: no gradient, no tracing, no mode, no subclass?
+
+    Then a kernel may be launched on them without passing PyTorch's dispatcher, which costs the host 15 us a call where
+    an operator has an autograd formula (and a kernel may take 5 us).
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _peek_functorch() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all of this
+        if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+            return False
+    return True
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_peek_functorch = torch._C._functorch.peek_interpreter_stack
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Require a shape; a string in `expected` names a dimension that may have any size.
 
     Raises:
         ValueError: naming the tensor, the expected and the actual shape.
     """
-    actual = tuple(tensor.shape)
-    fits = len(actual) == len(expected) and all(
-        isinstance(want, str) or want == got for want, got in zip(expected, actual, strict=True)
-    )
+    actual = tensor.shape
+    fits = len(actual) == len(expected)
+    for want, got in zip(expected, actual, strict=False):  # no generator: this runs several times a call
+        fits = fits and (isinstance(want, str) or want == got)
     if not fits:
         raise ValueError(f"{name} must have shape [{', '.join(map(str, expected))}], got {list(actual)}")
 

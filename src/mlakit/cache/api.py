@@ -1,13 +1,11 @@
 """`append_latent` and `gather_latent`: validate, choose an implementation, run it."""
 
-import os
-
 import torch
 
 from mlakit.cache import ops
 from mlakit.cache.layout import fp8_row_bytes
 from mlakit.cache.reference import append_latent_reference, gather_latent_reference
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose_triton, unobserved
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROPE_LAYOUTS = ("interleaved", "half")
@@ -91,9 +89,11 @@ def append_latent(
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
 
     reason = f"it takes no {kv.dtype}" if kv.dtype == torch.float64 else _misplaced_row(cache)
-    if _choose("append_latent", impl, kv, reason) == "triton":
-        arguments = (t.detach() if t.requires_grad else t for t in (kv, norm_weight, cos, sin))
-        ops.append_latent(*arguments, cache, slot_mapping, positions, eps, rope_layout, scale_fmt)
+    if choose_triton("append_latent", impl, kv, reason) == "triton":
+        kv, norm_weight, cos, sin = (t.detach() if t.requires_grad else t for t in (kv, norm_weight, cos, sin))
+        observed = not unobserved(kv, norm_weight, cos, sin, cache, slot_mapping)
+        run = ops.append_latent if observed else ops.run_append_latent
+        run(kv, norm_weight, cos, sin, cache, slot_mapping, positions, eps, rope_layout, scale_fmt)
         return
     with torch.no_grad():
         append_latent_reference(
@@ -178,8 +178,9 @@ def gather_latent(
     cu_seqlens = seq_lens
     if seq_lens.shape[0] == batch:
         cu_seqlens = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    if _choose("gather_latent", impl, cache, _misplaced_row(cache)) == "triton":
-        return ops.gather_latent(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype)
+    if choose_triton("gather_latent", impl, cache, _misplaced_row(cache)) == "triton":
+        run = ops.run_gather_latent if unobserved(cache, block_table, cu_seqlens) else ops.gather_latent
+        return run(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype)
     return gather_latent_reference(
         cache, block_table, cu_seqlens, total, starts=starts, kv_lora_rank=kv_lora_rank, dtype=dtype
     )
@@ -188,14 +189,6 @@ def gather_latent(
 def _check_result_dtype(dtype: torch.dtype) -> None:
     if dtype not in _FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(str, _FLOATS))}, got {dtype}")
-
-
-def _choose(operation: str, impl: str | None, tensor: torch.Tensor, reason: str | None) -> str:
-    if reason is None and not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        reason = f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1), got tensors on {tensor.device}"
-    # A CPU has the kernel only under Triton's interpreter, which is for tests.
-    candidates = {"triton": reason, "reference": None} if tensor.is_cuda else {"reference": None, "triton": reason}
-    return choose(operation, impl, candidates)
 
 
 def _misplaced_row(cache: torch.Tensor) -> str | None:

@@ -19,8 +19,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mlakit::append_latent", ("cpu", "cuda"))
-def _append_latent(
+def run_append_latent(
     kv: torch.Tensor,
     norm_weight: torch.Tensor,
     cos: torch.Tensor,
@@ -32,6 +31,7 @@ def _append_latent(
     rope_layout: str,
     scale_fmt: str | None,
 ) -> None:
+    """What `mlakit::append_latent` does, without the dispatcher."""
     from mlakit.cache.triton_append import launch_append
 
     launch_append(
@@ -66,8 +66,7 @@ def _(
     return None
 
 
-@torch.library.impl("mlakit::gather_latent", ("cpu", "cuda"))
-def _gather_latent(
+def run_gather_latent(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -76,6 +75,7 @@ def _gather_latent(
     kv_lora_rank: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """What `mlakit::gather_latent` does, without the dispatcher."""
     from mlakit.cache.triton_gather import launch_gather
 
     out = _empty_rows(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype)
@@ -98,6 +98,9 @@ def _empty_rows(
         width = kv_lora_rank + (width - fp8_row_bytes(kv_lora_rank, 0)) // 2
     return cache.new_empty((total, width), dtype=dtype)
 
+
+torch.library.impl("mlakit::append_latent", ("cpu", "cuda"), run_append_latent)
+torch.library.impl("mlakit::gather_latent", ("cpu", "cuda"), run_gather_latent)
 
 append_latent = torch.ops.mlakit.append_latent.default
 gather_latent = torch.ops.mlakit.gather_latent.default

@@ -1,12 +1,10 @@
 """`concat_k`: validate, choose an implementation, run it."""
 
-import os
-
 import torch
 
 from mlakit.concat import ops
 from mlakit.concat.reference import concat_k_cat, concat_k_direct_copy
-from mlakit.dispatch import check_device, check_dtype, check_shape, choose
+from mlakit.dispatch import check_device, check_dtype, check_shape, choose_triton, unobserved
 
 
 def concat_k(
@@ -44,23 +42,13 @@ def concat_k(
         if torch.is_grad_enabled() and (k_nope.requires_grad or k_pe.requires_grad or out.requires_grad):
             raise ValueError("out= is not differentiable: expected tensors that require no gradient, got one that does")
 
-    triton = {"triton": _why_not_triton(k_nope)}
-    pytorch = {"cat": None, "direct_copy": None}
-    # A CPU has the kernel only under Triton's interpreter, which is for tests.
-    name = choose("concat_k", impl, {**triton, **pytorch} if k_nope.is_cuda else {**pytorch, **triton})
+    wide = f"its elements are of 1, 2, 4 or 8 bytes, got {k_nope.dtype}" if k_nope.element_size() > 8 else None
+    name = choose_triton("concat_k", impl, k_nope, wide, others=("cat", "direct_copy"))
     if name == "cat":
         return concat_k_cat(k_nope, k_pe, out)
     if name == "direct_copy":
         return concat_k_direct_copy(k_nope, k_pe, out)
     if out is None:
-        return ops.concat_k(k_nope, k_pe)
-    ops.concat_k_out(k_nope, k_pe, out)
+        return ops.run_concat_k(k_nope, k_pe) if unobserved(k_nope, k_pe) else ops.concat_k(k_nope, k_pe)
+    (ops.run_concat_k_out if unobserved(k_nope, k_pe, out) else ops.concat_k_out)(k_nope, k_pe, out)
     return out
-
-
-def _why_not_triton(tensor: torch.Tensor) -> str | None:
-    if tensor.element_size() > 8:
-        return f"its elements are of 1, 2, 4 or 8 bytes, got {tensor.dtype}"
-    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1), got tensors on {tensor.device}"

@@ -10,22 +10,26 @@ torch.library.define("mlakit::concat_k", "(Tensor k_nope, Tensor k_pe) -> Tensor
 torch.library.define("mlakit::concat_k_out", "(Tensor k_nope, Tensor k_pe, Tensor(a!) out) -> ()")
 
 
-@torch.library.impl("mlakit::concat_k", ("cpu", "cuda"))
-def _concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+def run_concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+    """What `mlakit::concat_k` does, without the dispatcher."""
     from mlakit.concat.triton_concat import launch_concat
 
-    out = _empty_keys(k_nope, k_pe)
+    out = k_nope.new_empty((k_nope.shape[0], k_nope.shape[1], k_nope.shape[2] + k_pe.shape[2]))
     launch_concat(k_nope, k_pe, out)
     return out
 
 
-@torch.library.impl("mlakit::concat_k_out", ("cpu", "cuda"))
-def _concat_k_out(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
+def run_concat_k_out(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
+    """What `mlakit::concat_k_out` does, without the dispatcher."""
     from mlakit.concat.triton_concat import launch_concat
 
     launch_concat(k_nope, k_pe, out)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
+
+
+torch.library.impl("mlakit::concat_k", ("cpu", "cuda"), run_concat_k)
+torch.library.impl("mlakit::concat_k_out", ("cpu", "cuda"), run_concat_k_out)
 
 
 @torch.library.register_fake("mlakit::concat_k")

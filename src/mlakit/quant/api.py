@@ -1,10 +1,8 @@
 """`act_quant`, `weight_dequant` and `fp8_gemm`: validate, choose an implementation, run it."""
 
-import os
-
 import torch
 
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose_triton, unobserved
 from mlakit.quant import ops
 from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
 
@@ -39,8 +37,8 @@ def act_quant(
     if x.ndim == 0 or x.shape[-1] % block_size:
         raise ValueError(f"x must have a last dimension that block_size={block_size} divides, got {list(x.shape)}")
     check_last_dim_contiguous("x", x)
-    if _choose("act_quant", impl, x, _odd_block(block_size, 16)) == "triton":
-        return ops.act_quant(x, block_size, scale_fmt)
+    if choose_triton("act_quant", impl, x, _odd_block(block_size, 16)) == "triton":
+        return (ops.run_act_quant if unobserved(x) else ops.act_quant)(x, block_size, scale_fmt)
     return act_quant_reference(x, block_size, scale_fmt)
 
 
@@ -75,8 +73,9 @@ def weight_dequant(
     _check_scales("scales", scales, tuple(-(-size // block_size) for size in w.shape), w.device)
     check_last_dim_contiguous("w", w)
     _check_output_dtype(dtype)
-    if _choose("weight_dequant", impl, w, _odd_block(block_size, 16)) == "triton":
-        return ops.weight_dequant(w, scales, block_size, dtype)
+    if choose_triton("weight_dequant", impl, w, _odd_block(block_size, 16)) == "triton":
+        run = ops.run_weight_dequant if unobserved(w, scales) else ops.weight_dequant
+        return run(w, scales, block_size, dtype)
     return weight_dequant_reference(w, scales, block_size, dtype)
 
 
@@ -122,17 +121,10 @@ def fp8_gemm(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     _check_output_dtype(dtype)
-    if _choose("fp8_gemm", impl, a) == "triton":
-        return ops.fp8_gemm(a, a_scales, b, b_scales, dtype)
+    if choose_triton("fp8_gemm", impl, a) == "triton":
+        run = ops.run_fp8_gemm if unobserved(a, a_scales, b, b_scales) else ops.fp8_gemm
+        return run(a, a_scales, b, b_scales, dtype)
     return fp8_gemm_reference(a, a_scales, b, b_scales, dtype)
-
-
-def _choose(operation: str, impl: str | None, tensor: torch.Tensor, reason: str | None = None) -> str:
-    if reason is None and not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        reason = f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1), got tensors on {tensor.device}"
-    # A CPU has the kernel only under Triton's interpreter, which is for tests.
-    candidates = {"triton": reason, "reference": None} if tensor.is_cuda else {"reference": None, "triton": reason}
-    return choose(operation, impl, candidates)
 
 
 def _odd_block(block_size: int, least: int) -> str | None:

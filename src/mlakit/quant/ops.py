@@ -10,8 +10,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mlakit::act_quant", ("cpu", "cuda"))
-def _act_quant(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+def run_act_quant(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mlakit::act_quant` does, without the dispatcher."""
     from mlakit.quant.triton_quant import launch_act_quant
 
     codes, scales = _empty_codes(x, block_size, scale_fmt)
@@ -25,8 +25,8 @@ def _empty_codes(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> tup
     return codes, x.new_empty((*x.shape[:-1], x.shape[-1] // block_size), dtype=torch.float32)
 
 
-@torch.library.impl("mlakit::weight_dequant", ("cpu", "cuda"))
-def _weight_dequant(w: torch.Tensor, scales: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+def run_weight_dequant(w: torch.Tensor, scales: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """What `mlakit::weight_dequant` does, without the dispatcher."""
     from mlakit.quant.triton_quant import launch_weight_dequant
 
     out = _empty_weight(w, scales, block_size, dtype)
@@ -39,10 +39,10 @@ def _empty_weight(w: torch.Tensor, scales: torch.Tensor, block_size: int, dtype:
     return w.new_empty(w.shape, dtype=dtype)
 
 
-@torch.library.impl("mlakit::fp8_gemm", ("cpu", "cuda"))
-def _fp8_gemm(
+def run_fp8_gemm(
     a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
+    """What `mlakit::fp8_gemm` does, without the dispatcher."""
     from mlakit.quant.triton_gemm import launch_fp8_gemm
 
     out = _empty_product(a, a_scales, b, b_scales, dtype)
@@ -56,6 +56,9 @@ def _empty_product(
 ) -> torch.Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
 
+
+for _name, _run in (("act_quant", run_act_quant), ("weight_dequant", run_weight_dequant), ("fp8_gemm", run_fp8_gemm)):
+    torch.library.impl(f"mlakit::{_name}", ("cpu", "cuda"), _run)
 
 act_quant = torch.ops.mlakit.act_quant.default
 weight_dequant = torch.ops.mlakit.weight_dequant.default
