@@ -1,0 +1,131 @@
+"""What the speed scripts share: arguments, measuring that one failure does not end, a table, JSON rows.
+
+A script lists its jobs and calls `run`; each job holds its candidates, ours and the peers', and can tell whether an
+answer is right.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.bench.timing import Timing, time_calls
+from mlakit.testing import poison_
+
+CUDA = torch.device("cuda")
+Tensors = tuple[torch.Tensor, ...]
+Candidate = tuple[str, Callable[[], Tensors]]  # a name, and the whole operation as a caller calls it
+
+
+@dataclass
+class Job:
+    """One batch or shape of an operation.
+
+    Args:
+        op: the operation's public name.
+        name: what distinguishes the job, for the table and for `--rows`.
+        fields: its sizes, for the JSON rows.
+        flops, least_bytes: what the operation cannot do without.
+        wrong: why a candidate's result is wrong; empty if it is right.
+        candidates: in any order, peers included.
+        peer: the candidate that ratios refer to.
+    """
+
+    op: str
+    name: str
+    fields: dict[str, Any]
+    flops: float
+    least_bytes: float
+    wrong: Callable[[Tensors], str]
+    candidates: list[Candidate] = field(default_factory=list)
+    peer: str = ""
+
+
+def parse_arguments(
+    description: str | None, repeats: int, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The arguments that every speed script takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="JSON file, written anew after each job")
+    parser.add_argument("--tune", action="store_true", help="time every launch configuration worth a try")
+    parser.add_argument("--rows", help="only jobs whose name starts so")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--no-peers", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def measure(job: Job, call: Callable[[], Tensors], repeats: int) -> tuple[Timing | None, str]:
+    """Time a candidate if it runs and is right; else say why not.
+
+    Raises:
+        Exception: what the candidate raised, if it leaves the device in a state that nothing after can be believed in.
+    """
+    try:
+        with warnings.catch_warnings():  # peers explain at length which of their kernels they did not take
+            warnings.simplefilter("ignore")
+            for x in call():  # the last call's answer may lie in the memory that the next one gets
+                if x.is_contiguous() and not x.requires_grad:
+                    poison_(x)
+            if reason := job.wrong(tuple(x.detach() for x in call())):
+                return None, f"WRONG: {reason}"
+            return time_calls([call], CUDA, repeats=repeats), ""
+    except Exception as error:  # a peer may fail in any way; the table then says how
+        if "illegal" in str(error) or "unspecified launch" in str(error):
+            raise
+        lines = str(error).splitlines()
+        return None, f"{type(error).__name__}: {lines[0] if lines else ''}"[:150]
+
+
+def run(jobs: Iterable[Job], output: Path, repeats: int) -> None:
+    """Measure every job, print a table and write the rows, best candidate first, after each job."""
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        found: dict[str, Timing] = {}
+        for name, call in job.candidates:
+            timing, reason = measure(job, call, repeats)
+            if timing is None:
+                print(f"{job.name:28} {name:28} {reason}", flush=True)
+            else:
+                found[name] = timing
+        peer = found[job.peer].median if job.peer in found else None
+        for name, timing in sorted(found.items(), key=lambda item: item[1].median):
+            row = as_row(job, name, timing, peer)
+            rows.append(row)
+            ratio = f"{row['ratio_to_peer']:5.2f}x {job.peer}" if peer else ""
+            print(
+                f"{job.name:28} {name:28} {timing.median * 1e3:9.3f} ms {row['tflop_per_s']:6.0f} TFLOP/s "
+                f"{row['tb_per_s']:6.2f} TB/s  {ratio}",
+                flush=True,
+            )
+        write_rows(output, rows)
+        torch.cuda.empty_cache()
+
+
+def as_row(job: Job, name: str, timing: Timing, peer: float | None) -> dict[str, Any]:
+    """A candidate's JSON row. `peer` is the median that its ratio refers to: above 1 is faster than the peer."""
+    return {
+        "op": job.op,
+        "row": job.name,
+        **job.fields,
+        "impl": name,
+        "median_s": timing.median,
+        "ci95_s": list(timing.ci95),
+        "host_s": timing.host,
+        "tb_per_s": job.least_bytes / timing.median * 1e-12,
+        "tflop_per_s": job.flops / timing.median * 1e-12,
+        "peer": job.peer if peer else None,
+        "ratio_to_peer": peer / timing.median if peer else None,
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replace the file in one step: a run that is cut short leaves whole rows."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(rows, indent=1))
+    os.replace(temporary, path)

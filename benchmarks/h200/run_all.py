@@ -1,0 +1,179 @@
+"""`make bench-h200`: run every speed script on this GPU and refresh results/h200.
+
+    PYTHONPATH=src python benchmarks/h200/run_all.py                          # all of them
+    PYTHONPATH=src python benchmarks/h200/run_all.py --only decode prefill --out /tmp/results
+
+Each script runs in a process of its own. One that fails or takes too long costs its own file only: the old one stays.
+Exit code: 0 if everything was refreshed, 1 if something was not, 2 if nothing could be run.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.bench.environment import describe_environment
+from mlakit.bench.limits import measure_ceilings
+from mlakit.hardware import device_info
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "results" / "h200"
+SCHEMA = "mlakit.speed/1"
+QUICKSTART = "quickstart"
+# Modules of the peers, and the distributions that hold their versions.
+PEERS = {
+    "vllm": "vllm",
+    "flashinfer": "flashinfer-python",
+    "flash_mla": "flash-mla",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+    "deep_gemm": "deep-gemm",
+    "transformers": "transformers",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A record to refresh, the command that makes it (its last argument is the file it writes), and its time limit."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+
+    @property
+    def stamped(self) -> bool:
+        """Whether the command writes bare rows, which need a stamp; the bench's own records have theirs."""
+        return self.name != QUICKSTART
+
+
+def steps(scripts: Path = HERE) -> list[Step]:
+    """All there is to run. The limits are two to three times what each took on an H200."""
+    limits = {"concat": 120.0, "decode": 150.0, "prefill": 150.0, "quant": 120.0}
+    found = [Step(name, (sys.executable, str(scripts / f"{name}.py")), limit) for name, limit in limits.items()]
+    bench = (sys.executable, "-m", "mlakit", "bench", "--config", QUICKSTART, "--output-json")
+    return [*found, Step(QUICKSTART, bench, 180.0)]
+
+
+def run_step(step: Step, output: Path) -> str:
+    """Run a step's command in the folder of its output, so that no path gets into a record; why it failed, or ""."""
+    paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [*step.command, output.name]
+    process = subprocess.Popen(command, cwd=output.parent, env=environment, start_new_session=True)
+    try:
+        code = process.wait(step.limit_s)
+    except BaseException as error:
+        # Its own workers must not go on measuring beside the next step.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"took longer than {step.limit_s:.0f} s"
+        raise
+    return "" if code == 0 else f"exit code {code}"
+
+
+def read_output(step: Step, output: Path) -> tuple[Any, str]:
+    """(what a step wrote, why it cannot be used or "")."""
+    try:
+        found = json.loads(output.read_text())
+    except (OSError, ValueError) as error:
+        return None, f"no JSON written ({type(error).__name__})"
+    rows = found if step.stamped else found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return None, "no rows written"
+    if not step.stamped and not found.get("complete"):
+        return None, "some of its rows are missing"
+    return found, ""
+
+
+def peer_versions() -> dict[str, str]:
+    """What could have taken part, by module; not every copy of a package brings its version along."""
+    found = {}
+    for module, distribution in PEERS.items():
+        if importlib.util.find_spec(module) is not None:
+            try:
+                found[module] = version(distribution)
+            except PackageNotFoundError:
+                found[module] = "unknown"
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by a complete new one, or leave it alone."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refresh(chosen: Sequence[Step], out: Path, stamp: dict[str, Any]) -> list[str]:
+    """Run the steps in turn and replace the records of those that succeed; the names of those that did not."""
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for step in chosen:
+        print(f"== {step.name}", flush=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        clock = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / f"{step.name}.json"
+            reason = run_step(step, output)
+            content, unusable = (None, reason) if reason else read_output(step, output)
+        seconds = time.monotonic() - clock
+        if unusable:
+            failed.append(step.name)
+            print(f"{step.name}: {unusable}; its record is left as it was", file=sys.stderr, flush=True)
+            continue
+        if step.stamped:
+            content = {"schema": SCHEMA, "operation": step.name, "started": started, **stamp, "rows": content}
+        write_json(out / f"{step.name}.json", content)
+        print(f"== {step.name}: {out / step.name}.json, {seconds:.0f} s", flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text."""
+    known = {step.name: step for step in steps()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: results/h200)")
+    parser.add_argument("--only", nargs="+", choices=list(known), metavar="NAME", help=", ".join(known))
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"bench-h200 needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none here", file=sys.stderr)
+        return 2
+
+    device = torch.device("cuda")
+    ceilings = measure_ceilings(device)
+    print(
+        f"{ceilings.device}: copy {ceilings.copy_bytes_per_s * 1e-12:.2f} TB/s, "
+        f"read {ceilings.read_bytes_per_s * 1e-12:.2f} TB/s, {ceilings.flops_per_s * 1e-12:.0f} TFLOP/s in bf16",
+        flush=True,
+    )
+    torch.cuda.empty_cache()
+    stamp = {
+        "environment": describe_environment(device_info(device)),
+        "ceilings": asdict(ceilings),
+        "peers": peer_versions(),
+    }
+    failed = refresh([known[name] for name in args.only or known], args.out, stamp)
+    if failed:
+        print(f"not refreshed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""`make bench-h200` without its GPU: what happens to records when scripts succeed, fail and hang; and the records."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECORDS = sorted((ROOT / "results" / "h200").glob("*.json"))
+STAMP = {"environment": {"torch": "2"}, "ceilings": {"copy_bytes_per_s": 1.0}, "peers": {}}
+
+
+@pytest.fixture(scope="module")
+def run_all() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_all", ROOT / "benchmarks" / "h200" / "run_all.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_all"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def step(run_all, tmp_path):
+    """Makes a step whose script is the given source; `out` is the path that it must write."""
+
+    def make(name: str, source: str, limit_s: float = 60.0):
+        script = tmp_path / f"{name}_script.py"
+        script.write_text(f"import json, sys, time, os\nout = sys.argv[1]\n{source}\n")
+        return run_all.Step(name, (sys.executable, str(script)), limit_s)
+
+    return make
+
+
+def test_rows_are_stamped(run_all, step, tmp_path, capfd):
+    good = step("concat", "json.dump([{'impl': 'triton', 'median_s': 1e-3}], open(out, 'w'))")
+    assert run_all.refresh([good], tmp_path / "new" / "folder", STAMP) == []
+    record = json.loads((tmp_path / "new" / "folder" / "concat.json").read_text())
+    assert list(record) == ["schema", "operation", "started", "environment", "ceilings", "peers", "rows"]
+    assert record["schema"] == "mlakit.speed/1"
+    assert record["operation"] == "concat"
+    assert record["rows"] == [{"impl": "triton", "median_s": 1e-3}]
+    assert record["environment"] == STAMP["environment"]
+
+
+# Every way a script can disappoint: it fails, fails after having written, dies of a signal, writes nothing, no rows,
+# something that is no list, half a file, and takes too long.
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("sys.exit(3)", "exit code 3"),
+        ("json.dump([{'impl': 'x'}], open(out, 'w')); sys.exit(1)", "exit code 1"),
+        ("os.kill(os.getpid(), 9)", "exit code -9"),
+        ("pass", "no JSON written"),
+        ("json.dump([], open(out, 'w'))", "no rows written"),
+        ("json.dump({'rows': [{}]}, open(out, 'w'))", "no rows written"),
+        ("open(out, 'w').write('[{')", "no JSON written"),
+        ("json.dump([{'impl': 'x'}], open(out, 'w')); time.sleep(600)", "took longer than 2 s"),
+    ],
+)
+def test_a_failure_costs_its_own_record_only(run_all, step, tmp_path, capfd, source, reason):
+    (tmp_path / "decode.json").write_text("the old one")
+    bad = step("decode", source, limit_s=2.0 if "sleep" in source else 60.0)
+    good = step("quant", "json.dump([{'impl': 'triton'}], open(out, 'w'))")
+    assert run_all.refresh([bad, good], tmp_path, STAMP) == ["decode"]
+    assert (tmp_path / "decode.json").read_text() == "the old one"
+    assert json.loads((tmp_path / "quant.json").read_text())["operation"] == "quant"
+    assert f"decode: {reason}" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_record_of_the_bench_is_kept_as_it_is_if_complete(run_all, step, tmp_path, capfd):
+    source = "json.dump({'record_schema': 's', 'complete': %s, 'rows': [{}]}, open(out, 'w'))"
+    assert run_all.refresh([step("quickstart", source % True)], tmp_path, STAMP) == []
+    whole = {"record_schema": "s", "complete": True, "rows": [{}]}
+    assert json.loads((tmp_path / "quickstart.json").read_text()) == whole
+    assert run_all.refresh([step("quickstart", source % False)], tmp_path, STAMP) == ["quickstart"]
+    assert json.loads((tmp_path / "quickstart.json").read_text()) == whole
+
+
+def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, monkeypatch, capfd):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "their_module.py").write_text("ROWS = [{'impl': 'x'}]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    source = "import their_module; assert os.sep not in out; json.dump(their_module.ROWS, open(out, 'w'))"
+    assert run_all.refresh([step("concat", source)], tmp_path, STAMP) == []
+
+
+def test_every_step_has_its_script(run_all):
+    known = run_all.steps()
+    assert [step.name for step in known] == ["concat", "decode", "prefill", "quant", "quickstart"]
+    for step in known[:-1]:
+        assert Path(step.command[-1]).is_file()
+
+
+def test_without_a_gpu_it_refuses_in_one_line(run_all, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_all.main(["--out", str(tmp_path / "out")]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.count("\n") == 1
+    assert "needs an NVIDIA GPU" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_code_says_that_something_was_not_refreshed(run_all, monkeypatch, capsys, tmp_path):
+    from mlakit.bench.limits import Ceilings
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(run_all, "measure_ceilings", lambda device: Ceilings("GPU", "bfloat16", 4e12, 4e12, 8e14))
+    monkeypatch.setattr(run_all, "device_info", lambda device: None)
+    monkeypatch.setattr(run_all, "describe_environment", lambda info: {})
+    ran = []
+
+    def refresh(chosen, out, stamp):
+        ran.extend(step.name for step in chosen)
+        assert stamp["ceilings"]["flops_per_s"] == 8e14
+        return ["quant"] if "quant" in ran else []
+
+    monkeypatch.setattr(run_all, "refresh", refresh)
+    assert run_all.main(["--only", "decode", "prefill"]) == 0
+    assert ran == ["decode", "prefill"]
+    assert run_all.main([]) == 1
+    assert "not refreshed: quant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_committed_records_say_where_they_come_from(path):
+    record = json.loads(path.read_text())
+    if "sessions" in record:  # the bench's own
+        assert record["complete"]
+        environments = [session["environment"] for session in record["sessions"]]
+    else:
+        assert record["schema"] == "mlakit.speed/1"
+        assert record["operation"] == path.stem
+        assert min(record["ceilings"][key] for key in ("copy_bytes_per_s", "read_bytes_per_s", "flops_per_s")) > 0
+        environments = [record["environment"]]
+    assert record["rows"]
+    for environment in environments:
+        assert environment["device"]["kind"] == "cuda"
+        for value in (environment["device"]["name"], *(environment[key] for key in ("torch", "triton", "commit"))):
+            assert value
+            assert isinstance(value, str)
