@@ -10,10 +10,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+from mlakit.studies.cpu_threads import steady_threads
 from mlakit.studies.k_concat_options import (
     BATCH_SIZES,
     NUM_ITERS,
@@ -162,8 +164,11 @@ def run(args: argparse.Namespace) -> int:
         print("mlakit's kernel needs a GPU; the two PyTorch methods are measured alone.")
     copy_rate = ceilings.copy_bytes_per_s if ceilings else None
     rows: list[StudyRow] = []
-    for line in _report(options, copy_rate, rows):
-        print(line, flush=True)
+    with nullcontext() if info.is_cuda else steady_threads() as threads:
+        if threads == 1 < info.units:
+            print("Other processes keep cores busy: PyTorch gets one thread, as several would wait for each other.")
+        for line in _report(options, copy_rate, rows):
+            print(line, flush=True)
     if ceilings:
         print(f"\n{info.name}: copy ceiling {rate(ceilings.copy_bytes_per_s, 'B/s')}, measured in this run")
     if args.output_json:
@@ -171,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
             "schema": SCHEMA,
             "environment": describe_environment(info),
             "options": asdict(options),
+            "cpu_threads": threads,
             "ceilings": asdict(ceilings) if ceilings else None,
             "rows": [row.as_json() for row in rows],
         }
