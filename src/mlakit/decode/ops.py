@@ -109,9 +109,9 @@ def _input_reason(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> st
     page_size, rope_dim = cache.shape[1], q.shape[-1] - kv_lora_rank
     if page_size & (page_size - 1):
         return f"needs a page size that is a power of two, got {page_size}"
-    for name, size in {"kv_lora_rank": kv_lora_rank, "the rope part": rope_dim}.items():
-        if size < 16 or size & (size - 1):
-            return f"needs {name} to be a power of two and at least 16, got {size}"
+    for name, size, least in (("kv_lora_rank", kv_lora_rank, 32), ("the rope part", rope_dim, 16)):
+        if size < least or size & (size - 1):
+            return f"needs {name} to be a power of two and at least {least}, got {size}"
     return None
 
 

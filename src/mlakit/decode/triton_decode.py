@@ -30,10 +30,25 @@ def _look_up(table_ptr, start, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def _key_offsets(page, start, last, stride_cp, stride_ct, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where each key of a tile begins in the cache, in elements: int64, as a cache may hold more than 2^31."""
-    position = tl.minimum(start + tl.arange(0, BLOCK_N), last)
-    return page.to(tl.int64) * stride_cp + (position % PAGE_SIZE).to(tl.int64) * stride_ct
+def _keys_at(
+    cache_ptr, page, start, last, cols, stride_cp, stride_ct, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pointers to some columns of a tile's keys. Pages are int64 offsets, as a cache may hold more than 2^31 elements;
+    inside a page 32 bits do unless it is WIDE, and are a third of the instructions.
+    """
+    if PAGE_SIZE >= BLOCK_N:
+        first = (start + 0 * last) % PAGE_SIZE  # a tensor, also to the interpreter
+        base = cache_ptr + (page.to(tl.int64) * stride_cp + first.to(tl.int64) * stride_ct)
+        key = tl.minimum(tl.arange(0, BLOCK_N), last - start)
+        if WIDE:
+            key = key.to(tl.int64)
+        at = (base + cols)[None, :] + (key * stride_ct)[:, None]
+    else:
+        position = tl.minimum(start + tl.arange(0, BLOCK_N), last)
+        offset = page.to(tl.int64) * stride_cp + (position % PAGE_SIZE).to(tl.int64) * stride_ct
+        at = cache_ptr + offset[:, None] + cols[None, :]
+    return at
 
 
 @triton.jit
@@ -87,8 +102,7 @@ def _attend(
     first_tile,
     end_tile,
     length,
-    partial,  # where to keep a partial result
-    whole,  # this is all of the request: the result goes to the output
+    partial,  # where to keep a partial result; -1 if this is all of the request and goes to the output
     tile,
     row_tiles,
     q_len,
@@ -102,8 +116,10 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One tile of query rows over some tiles of one request's keys."""
+    SMALL: tl.constexpr = BLOCK_M < 64
     rows = q_len * heads
     local = tl.arange(0, BLOCK_M)
     row = tile * BLOCK_M + local
@@ -112,38 +128,54 @@ def _attend(
     )
     last = end - 1
 
-    c = tl.arange(0, RANK)
-    r = tl.arange(0, ROPE)
+    HALF: tl.constexpr = RANK // 2
+    c = tl.arange(0, HALF)
+    r = RANK + tl.arange(0, ROPE)
     q_at = (
         q_ptr
         + request.to(tl.int64) * stride_qb
         + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
-    q_c = tl.load(q_at[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
-    q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=(row < rows)[:, None], other=0.0)
+    q_a = tl.load(q_at[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
+    q_b = tl.load(q_at[:, None] + (HALF + c)[None, :], mask=(row < rows)[:, None], other=0.0)
+    q_r = tl.load(q_at[:, None] + r[None, :], mask=(row < rows)[:, None], other=0.0)
     table_ptr += request.to(tl.int64) * stride_tb
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
+    if SMALL:
+        l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        l = tl.zeros([BLOCK_M], tl.float32)
+    acc_a = tl.zeros([BLOCK_M, HALF], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, HALF], tl.float32)
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
         for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-            at = _key_offsets(page, i, last, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N)
+            k_a = tl.load(_keys_at(cache_ptr, page, i, last, c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
+            k_b = tl.load(_keys_at(cache_ptr, page, i, last, HALF + c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
+            k_r = tl.load(_keys_at(cache_ptr, page, i, last, r, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
             page = _look_up(table_ptr, i + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
-            k_c = tl.load(cache_ptr + at[:, None] + c[None, :])
-            k_r = tl.load(cache_ptr + at[:, None] + (RANK + r)[None, :])
-            s = tl.dot(q_r, tl.trans(k_r), tl.dot(q_c, tl.trans(k_c)))
+            s = tl.dot(q_r, tl.trans(k_r), tl.dot(q_a, tl.trans(k_a)))
+            if SMALL:  # scaled first, or Triton would make it one chain again
+                s = s * scale_log2 + tl.dot(q_b, tl.trans(k_b)) * scale_log2
+            else:
+                s = tl.dot(q_b, tl.trans(k_b), s) * scale_log2
             key = i + tl.arange(0, BLOCK_N)
-            s = tl.where(key[None, :] < visible[:, None], s * scale_log2, -float("inf"))
+            s = tl.where(key[None, :] < visible[:, None], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = m_new
             if CAUSAL:  # a row that has seen no key yet: 0 instead of inf - inf
                 shift = tl.where(m_new == -float("inf"), 0.0, m_new)
             alpha = tl.exp2(m - shift)
             p = tl.exp2(s - shift[:, None])
-            l = l * alpha + tl.sum(p, 1)
+            if SMALL:
+                l = l * alpha[:, None] + p
+            else:
+                l = l * alpha + tl.sum(p, 1)
             m = m_new
-            acc = tl.dot(p.to(k_c.dtype), k_c, acc * alpha[:, None])
+            acc_a = tl.dot(p.to(k_a.dtype), k_a, acc_a * alpha[:, None])
+            acc_b = tl.dot(p.to(k_b.dtype), k_b, acc_b * alpha[:, None])
+    if SMALL:
+        l = tl.sum(l, 1)
 
     LN2: tl.constexpr = 0.6931471805599453
     # A table too short for its request cannot be refused without a host sync; NaN is louder than attention over a part.
@@ -151,13 +183,16 @@ def _attend(
     inverse = tl.where(length > capacity, float("nan"), inverse)
     lse = tl.where(l == 0.0, -float("inf"), m + tl.log2(l))
     lse = tl.where(length > capacity, float("nan"), lse)
-    acc = acc * inverse[:, None]
+    acc_a = acc_a * inverse[:, None]
+    acc_b = acc_b * inverse[:, None]
     keep = False
     if SPLIT:
-        keep = not whole
+        keep = partial >= 0
     if keep:
         at = (partial.to(tl.int64) * row_tiles + tile) * BLOCK_M + local
-        tl.store(partial_ptr + at[:, None] * RANK + c[None, :], acc, mask=(row < rows)[:, None])
+        part = partial_ptr + at[:, None] * RANK + c[None, :]
+        tl.store(part, acc_a, mask=(row < rows)[:, None])
+        tl.store(part + HALF, acc_b, mask=(row < rows)[:, None])
         tl.store(partial_lse_ptr + at, lse, mask=row < rows)
     else:
         at = (
@@ -165,7 +200,9 @@ def _attend(
             + (row // heads).to(tl.int64) * stride_os
             + (row % heads).to(tl.int64) * stride_oh
         )
-        tl.store(out_ptr + at[:, None] + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+        result = out_ptr + at[:, None] + c[None, :]
+        tl.store(result, acc_a.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+        tl.store(result + HALF, acc_b.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
         tl.store(lse_ptr + request.to(tl.int64) * rows + row, lse * LN2, mask=row < rows)
 
 
@@ -208,32 +245,34 @@ def _mla_decode_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     tile = tl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = tl.program_id(0) // row_tiles
     if BALANCED:
-        first, final, before, begin, end = _range_of_slot(
+        first, final, begin, end = _range_of_slot(
             seq_lens_ptr, slot, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES
         )
         for i in tl.range(first, final + 1, num_stages=1):
             request = slot * 0 + i  # a tensor, also to the interpreter
             length = tl.load(seq_lens_ptr + request)
             tiles = _tiles_of(length, capacity, BLOCK_N)
-            first_tile = tl.maximum(begin - before, 0)
-            end_tile = tl.minimum(end - before, tiles)
+            first_tile = tl.maximum(begin, 0)
+            end_tile = tl.minimum(end, tiles)
             if first_tile < end_tile:
                 # Adds 0: a length is not negative here, which the compiler does not know. Else it computes each row's
                 # offsets once, in front of all requests, and keeps them in registers that the accumulator needs.
                 own_tile = tile + (length < 0).to(tl.int32)
+                partial = tl.where(end_tile - first_tile == tiles, -1, _partial_index(slot, first_tile == 0))
                 _attend(
                     q_ptr, cache_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                     stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb, stride_ob, stride_os, stride_oh,
-                    request, first_tile, end_tile, length, _partial_index(slot, first_tile == 0),
-                    end_tile - first_tile == tiles, own_tile, row_tiles, q_len, heads, capacity,
-                    CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES,
+                    request, first_tile, end_tile, length, partial, own_tile, row_tiles, q_len, heads, capacity,
+                    CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES, WIDE,
                 )  # fmt: skip
-            before += tiles
+            begin -= tiles
+            end -= tiles
     else:
         request = slot // splits
         piece = slot % splits
@@ -241,11 +280,12 @@ def _mla_decode_kernel(
         count = _even_pieces(length, splits, capacity, BLOCK_N)
         if piece < count:
             first_tile, end_tile = _even_bounds(piece, count, length, capacity, BLOCK_N)
+            partial = tl.where(count == 1, -1, slot)
             _attend(
                 q_ptr, cache_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                 stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb, stride_ob, stride_os, stride_oh,
-                request, first_tile, end_tile, length, slot, count == 1, tile, row_tiles, q_len, heads, capacity,
-                CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES,
+                request, first_tile, end_tile, length, partial, tile, row_tiles, q_len, heads, capacity,
+                CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES, WIDE,
             )  # fmt: skip
     if DEPENDENT:
         gdc_launch_dependents()

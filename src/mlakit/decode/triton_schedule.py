@@ -80,8 +80,8 @@ def _all_tiles(
 def _range_of_slot(
     seq_lens_ptr, slot, batch, slots, capacity, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr
 ):
-    """First and last request of an evenly shared slot (last < first if it is idle), the tiles in front of the first,
-    and where the slot begins and ends in tiles of the whole batch.
+    """First and last request of an evenly shared slot (last < first if it is idle), and where the slot begins and ends,
+    in tiles from the start of the first.
     """
     requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
     begin = slot * share
@@ -90,7 +90,7 @@ def _range_of_slot(
     first = tl.sum((ends <= begin).to(tl.int32), 0)
     last = tl.where(begin < end, tl.sum((ends < end).to(tl.int32), 0), -1)
     before = tl.sum(tl.where(requests < first, tiles, 0), 0)
-    return first, last, before, begin, end
+    return first, last, begin - before, end - before
 
 
 @triton.jit
