@@ -12,6 +12,7 @@ included.
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def configs(element_bytes: int) -> Iterator[ConcatConfig]:
         for num_warps in (1, 2, 4, 8):
             in_flight = block_heads * NOPE * element_bytes // (32 * num_warps)  # bytes a thread reads
             if 16 <= in_flight <= 256 and block_heads * ROPE * element_bytes >= 512 * num_warps:
-                for streaming in (True, False):
-                    yield ConcatConfig(block_heads, num_warps, streaming)
+                for streaming, evict_first in ((True, False), (False, False), (True, True)):
+                    yield ConcatConfig(block_heads, num_warps, streaming, evict_first)
 
 
 def candidates(
@@ -62,7 +63,7 @@ def candidates(
             launch_concat(k_nope, k_pe, out, config)
             return out
 
-        stores = "cs" if config.streaming else "wb"
+        stores = ("cs" if config.streaming else "wb") + (" ef" if config.evict_first else "")
         yield f"triton h{config.block_heads} w{config.num_warps} {stores}", call
 
 
@@ -73,7 +74,11 @@ def measure(
     expected = concat_k_cat(k_nope, k_pe).view(torch.uint8)
     moved = (k_nope.numel() + k_pe.numel()) * k_nope.element_size() + expected.numel()
     rows: list[dict[str, Any]] = []
-    for name, call in candidates(k_nope, k_pe, tune):
+    found = list(candidates(k_nope, k_pe, tune))
+    with ThreadPoolExecutor(16) as pool:  # compiles side by side
+        list(pool.map(lambda candidate: candidate[1]() is None, found))
+    torch.cuda.synchronize()
+    for name, call in found:
         call().view(torch.uint8).fill_(0xFF)  # the memory that the next call's result will get
         if not torch.equal(call().view(torch.uint8), expected):
             print(f"{batch:6} {name:24} WRONG")

@@ -57,7 +57,18 @@ SHOWN = 8  # lines a job, the best ones
 
 
 # Elements a program and warps: 16 to 64 elements a thread.
-ACT_TILES = [(2048, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8)]
+ACT_TILES = [
+    (512, 1),
+    (1024, 1),
+    (1024, 2),
+    (2048, 1),
+    (2048, 2),
+    (2048, 4),
+    (4096, 4),
+    (4096, 8),
+    (8192, 4),
+    (8192, 8),
+]
 # Rows, columns and warps: 16 to 64 elements a thread.
 WEIGHT_TILES = [
     (16, 128, 2), (16, 128, 4), (32, 128, 2), (32, 128, 4), (32, 128, 8), (64, 128, 4), (64, 128, 8), (128, 128, 8),

@@ -19,11 +19,14 @@ _VECTOR_BYTES = 16
 
 @dataclass(frozen=True)
 class ConcatConfig:
-    """Heads a program writes, and its warps. `streaming` marks the stores as not needed soon (st.global.cs)."""
+    """Heads a program writes, and its warps. `streaming` marks the stores as not needed soon (st.global.cs), and
+    `evict_first` the heads' own parts that are read.
+    """
 
     block_heads: int
     num_warps: int
     streaming: bool
+    evict_first: bool = False
 
 
 @triton.jit
@@ -49,6 +52,7 @@ def _concat_k_kernel(
     BLOCK_ROPE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    LOAD_EVICTION: tl.constexpr,
 ):
     # Elements are moved as integers of up to 8 bytes, whatever they mean. Strides over tokens and heads come in units
     # of up to 16 bytes and are multiplied up here: so the compiler sees that every row starts where a 16-byte access
@@ -67,7 +71,7 @@ def _concat_k_kernel(
     out_ptr += token * stride_ob * WORDS_PER_UNIT
     out_rows = out_ptr + offs_h[:, None] * stride_oh * WORDS_PER_UNIT
     nope_ptrs = k_nope_ptr + offs_h[:, None] * stride_nh * WORDS_PER_UNIT + offs_n[None, :] * stride_nd
-    nope = tl.load(nope_ptrs, mask=row & (offs_n[None, :] < NOPE))
+    nope = tl.load(nope_ptrs, mask=row & (offs_n[None, :] < NOPE), eviction_policy=LOAD_EVICTION)
     if ROPE > 0:
         rope_ptrs = k_pe_ptr + token * stride_pb * WORDS_PER_UNIT + offs_r * stride_pd
         rope = tl.load(rope_ptrs, mask=offs_r < ROPE)
@@ -160,6 +164,7 @@ def launch_concat(
             "BLOCK_ROPE": triton.next_power_of_2(max(rope * size // word, 1)),
             "BLOCK_HEADS": config.block_heads,
             "STORE_CACHE": ".cs" if config.streaming else "",
+            "LOAD_EVICTION": "evict_first" if config.evict_first else "",
         },
         num_warps=config.num_warps,
     )

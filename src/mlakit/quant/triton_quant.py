@@ -14,10 +14,13 @@ from mlakit.triton_launch import Launches
 
 @dataclass(frozen=True)
 class ActQuantConfig:
-    """Elements a program quantizes, and its warps. `streaming` marks the codes as not needed soon (st.global.cs)."""
+    """Elements a program quantizes, and its warps. `streaming` marks the codes as not needed soon (st.global.cs).
 
-    elements: int = 4096
-    num_warps: int = 4
+    On an H200 the defaults are the fastest of 14 by 1%: 26.5 us for [4096, 7168], 168 us for [32768, 7168].
+    """
+
+    elements: int = 2048
+    num_warps: int = 2
     streaming: bool = False
 
 
@@ -28,11 +31,13 @@ class WeightDequantConfig:
     `block_rows` divides the scales' block, `block_columns` is a multiple of it. `narrow` reads 8 bytes a thread, so
     that it keeps the elements it writes (16 bytes of bfloat16); otherwise it reads 16, and half of them change threads
     through shared memory. `streaming` marks the stores as not needed soon (st.global.cs).
+
+    On an H200 the defaults take 99.7 us for [7168, 18432], 4 warps 101.6.
     """
 
     block_rows: int = 32
     block_columns: int = 128
-    num_warps: int = 4
+    num_warps: int = 8
     narrow: bool = True
     streaming: bool = False
 
