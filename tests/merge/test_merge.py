@@ -75,22 +75,26 @@ def test_one_state_is_itself():
 @pytest.mark.parametrize(
     ("outs", "lses", "message"),
     [
-        (torch.zeros(4, 2, 5), torch.zeros(3, 4, 2), r"outs must have 4 dimensions .* got \[4, 2, 5\]"),
-        (torch.zeros(3, 4, 2, 5), torch.zeros(4, 2), r"lses must have 3 dimensions .* got \[4, 2\]"),
-        (torch.zeros(3, 4, 2, 5), torch.zeros(2, 4, 2), "as many states as outs, 3, got 2"),
-        (torch.zeros(0, 4, 2, 5), torch.zeros(0, 4, 2), "outs must hold at least one state, got none"),
+        (torch.zeros(4, 2, 5), torch.zeros(3, 4, 2), r"outs must have shape \[states, .* got \[4, 2, 5\]"),
+        (torch.zeros(4, 2, 5), [torch.zeros(4, 2)], r"outs must have 4 dimensions .* got \[4, 2, 5\]"),
+        (torch.zeros(3, 4, 2, 5), torch.zeros(4, 2), r"lses must have shape \[3, 4, 2\], got \[4, 2\]"),
+        (torch.zeros(3, 4, 2, 5), torch.zeros(2, 4, 2), r"lses must have shape \[3, 4, 2\], got \[2, 4, 2\]"),
+        (list(torch.zeros(3, 4, 2, 5)), torch.zeros(2, 4, 2), "as many states as outs, 3, got 2"),
+        (torch.zeros(0, 4, 2, 5), torch.zeros(0, 4, 2), "outs must hold at least one state"),
         ([], [], "outs must hold at least one state, got none"),
-        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 3), r"lses\[0\] must have shape \[4, 2\], got \[4, 3\]"),
+        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 3), r"lses must have shape \[3, 4, 2\], got \[3, 4, 3\]"),
+        ([torch.zeros(4, 2, 5)], [torch.zeros(4, 3)], r"lses\[0\] must have shape \[4, 2\], got \[4, 3\]"),
         ([torch.zeros(4, 2, 5), torch.zeros(3, 2, 5)], [torch.zeros(4, 2)] * 2, r"outs\[1\] must have shape"),
         (
             [torch.zeros(4, 2, 5), torch.zeros(4, 2, 5).half()],
             [torch.zeros(4, 2)] * 2,
             r"outs\[1\] must be torch.float32",
         ),
-        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2).half(), r"lses\[0\] must be torch.float32 or torch.float64"),
-        (torch.zeros(3, 4, 2, 10)[..., ::2], torch.zeros(3, 4, 2), r"outs\[0\] must have stride 1"),
-        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2, device="meta"), r"lses\[0\] must be on cpu .* got meta"),
-        (torch.zeros(3, 4, 0, 5), torch.zeros(3, 4, 0), "at least 1, got"),
+        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2).half(), r"lses must be torch.float32 or torch.float64"),
+        (torch.zeros(3, 4, 2, 10)[..., ::2], torch.zeros(3, 4, 2), r"outs must have stride 1"),
+        ([torch.zeros(4, 2, 10)[..., ::2]], [torch.zeros(4, 2)], r"outs\[0\] must have stride 1"),
+        (torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2, device="meta"), r"lses must be on cpu .* got meta"),
+        (torch.zeros(3, 4, 0, 5), torch.zeros(3, 4, 0), "at least one state, head and dim, got"),
     ],
 )
 def test_wrong_inputs(outs, lses, message):
@@ -100,7 +104,7 @@ def test_wrong_inputs(outs, lses, message):
 
 @pytest.mark.parametrize(
     ("dtype", "interpret", "message"),
-    [(torch.float32, "0", "needs a CUDA device .* got cpu"), (torch.float64, "1", "computes in float32, got float64")],
+    [(torch.float32, "0", "needs an NVIDIA GPU .* cpu"), (torch.float64, "1", "computes in float32, got float64")],
 )
 def test_triton_refuses_with_the_reason(monkeypatch, dtype, interpret, message):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)

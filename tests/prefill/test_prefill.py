@@ -137,7 +137,7 @@ def test_wrong_inputs(change, message):
     ("make", "interpret", "message"),
     [
         ({"dtype": torch.float32}, "1", "bfloat16 or float16, got torch.float32"),
-        ({"dtype": torch.float16}, "0", "needs a CUDA device .* got cpu"),
+        ({"dtype": torch.float16}, "0", "needs an NVIDIA GPU .* cpu"),
         ({"dtype": torch.bfloat16}, "1", "use float16 there"),
         ({"dtype": torch.float16, "qk_dim": 577}, "1", "up to 576 and 512, got 577 and 16"),
         ({"dtype": torch.float16, "v_dim": 513}, "1", "up to 576 and 512, got 24 and 513"),

@@ -1,13 +1,17 @@
 """`merge_states`: checks its inputs, picks an implementation, and says why one cannot run."""
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
 
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
-from mlakit.hardware import capability
+from mlakit.dispatch import (
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+    choose_triton,
+    unobserved,
+)
 from mlakit.merge.reference import merge_states_reference
 
 
@@ -37,24 +41,26 @@ def merge_states(
 
     Source: the online softmax of FlashAttention (arXiv:2205.14135), section 3.1, with its states kept apart.
     """
+    if isinstance(outs, torch.Tensor) and isinstance(lses, torch.Tensor):
+        _check_stacked(outs, lses)
+        if choose_triton("merge_states", impl, outs, _why_not([outs], [lses])) == "reference":
+            return merge_states_reference(outs, lses)
+        from mlakit.merge import ops
+
+        return (ops.run_stacked if unobserved(outs, lses) else ops.merge_stacked)(outs, lses)
+
     outs_list = _as_list("outs", outs, 4)
     lses_list = _as_list("lses", lses, 3)
     _check(outs_list, lses_list)
-    first = outs_list[0]
-    reason = _why_not_triton(outs_list, lses_list)
-    candidates = {"triton": reason, "reference": None}
-    if not first.is_cuda:  # interpreted kernels are for tests, not for users
-        candidates = {"reference": None, "triton": reason}
-    if choose("merge_states", impl, candidates) == "reference":
+    if choose_triton("merge_states", impl, outs_list[0], _why_not(outs_list, lses_list)) == "reference":
         return merge_states_reference(outs, lses)
 
     from mlakit.merge import ops
 
-    if isinstance(outs, torch.Tensor) or len(outs_list) > ops.MAX_SEPARATE:
-        stacked = outs if isinstance(outs, torch.Tensor) else torch.stack(outs_list)
-        logs = lses if isinstance(lses, torch.Tensor) else torch.stack(lses_list)
-        return ops.merge_stacked(stacked, logs)
-    return ops.merge_separate(outs_list, lses_list)
+    if len(outs_list) > ops.MAX_SEPARATE:
+        return merge_states(torch.stack(outs_list), torch.stack(lses_list), impl="triton")
+    merge = ops.run_separate if unobserved(*outs_list, *lses_list) else ops.merge_separate
+    return merge(outs_list, lses_list)
 
 
 def _as_list(name: str, states: torch.Tensor | Sequence[torch.Tensor], dims: int) -> list[torch.Tensor]:
@@ -69,6 +75,18 @@ def _as_list(name: str, states: torch.Tensor | Sequence[torch.Tensor], dims: int
     if not found:
         raise ValueError(f"{name} must hold at least one state, got none")
     return found
+
+
+def _check_stacked(outs: torch.Tensor, lses: torch.Tensor) -> None:
+    """The same as `_check` without taking every state out, which costs more than all of the checks."""
+    check_shape("outs", outs, ("states", "tokens", "num_heads", "dim"))
+    if min(outs.shape[0], outs.shape[2], outs.shape[3]) < 1:
+        raise ValueError(f"outs must hold at least one state, head and dim, got {list(outs.shape)}")
+    check_dtype("outs", outs, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    check_last_dim_contiguous("outs", outs)
+    check_shape("lses", lses, tuple(outs.shape[:3]))
+    check_dtype("lses", lses, torch.float32, torch.float64)
+    check_device("lses", lses, outs.device)
 
 
 def _check(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> None:
@@ -89,22 +107,7 @@ def _check(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> None:
         check_device(f"lses[{i}]", lse, first.device)
 
 
-def _why_not_triton(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> str | None:
+def _why_not(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> str | None:
     if torch.float64 in (outs[0].dtype, *(lse.dtype for lse in lses)):
         return "it computes in float32, got float64"
-    return _device_reason(str(outs[0].device))
-
-
-def _device_reason(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not device.startswith("cuda"):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
-    found = capability(device)
-    return None if found is not None and found >= (8, 0) else f"it needs compute capability 8.0 or more, got {found}"
-
-
-# torch.compile need not look into what a device is. This is all that torch.compiler.assume_constant_result does, but
-# that one imports torch._dynamo, and with it triton, on the spot.
-_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return None

@@ -7,8 +7,7 @@ import torch
 MAX_SEPARATE = 8  # tensors that the kernel takes as arguments of their own
 
 
-@torch.library.custom_op("mlakit::merge_stacked", mutates_args=())
-def merge_stacked(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_stacked(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge outs [states, tokens, num_heads, dim] by lses [states, tokens, num_heads]."""
     from mlakit.merge.triton_merge import _launch_merge_stacked
 
@@ -17,19 +16,24 @@ def merge_stacked(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor,
     return out, lse
 
 
+merge_stacked = torch.library.custom_op("mlakit::merge_stacked", run_stacked, mutates_args=())
+
+
 @merge_stacked.register_fake
 def _(outs, lses):
     return _empty(outs[0])
 
 
-@torch.library.custom_op("mlakit::merge_separate", mutates_args=())
-def merge_separate(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def run_separate(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge up to MAX_SEPARATE states, each in tensors of its own: no copy is made to stack them."""
     from mlakit.merge.triton_merge import _launch_merge_separate
 
     out, lse = _empty(outs[0])
     _launch_merge_separate(outs, lses, out, lse)
     return out, lse
+
+
+merge_separate = torch.library.custom_op("mlakit::merge_separate", run_separate, mutates_args=())
 
 
 @merge_separate.register_fake

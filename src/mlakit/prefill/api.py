@@ -1,13 +1,17 @@
 """`mla_prefill`: checks its inputs, picks an implementation, and says why one cannot run."""
 
-import importlib.util
 import math
-import os
 
 import torch
 
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
-from mlakit.hardware import capability
+from mlakit.dispatch import (
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+    choose_triton,
+    unobserved,
+)
 from mlakit.prefill.config import MAX_BACKWARD_DIM, MAX_QK_DIM, MAX_V_DIM
 from mlakit.prefill.reference import mla_prefill_reference
 
@@ -61,12 +65,7 @@ def mla_prefill(
     Source: FlashAttention-2 (arXiv:2307.08691); MHA mode as in DeepSeek-V2 (arXiv:2405.04434), section 2.1.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, max_seqlen_q, out)
-    reason = _why_not_triton(q, k, v, out)
-    candidates = {"triton": reason, "reference": None}
-    if not q.is_cuda:  # interpreted kernels are for tests, not for users
-        candidates = {"reference": None, "triton": reason}
-    chosen = choose("mla_prefill", impl, candidates)
-
+    chosen = choose_triton("mla_prefill", impl, q, _why_not(q, k, v, out))
     if chosen == "reference":
         result, lse = mla_prefill_reference(
             q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal
@@ -80,8 +79,10 @@ def mla_prefill(
 
     hint = -1 if max_seqlen_q is None else max_seqlen_q
     if out is not None:
-        return out, ops.mla_prefill_out(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint)
-    return ops.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint)
+        fill = ops.run_prefill_out if unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k, out) else ops.mla_prefill_out
+        return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint)
+    run = ops.run_prefill if unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k) else ops.mla_prefill
+    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint)
 
 
 def _check(
@@ -130,11 +131,9 @@ def _check(
             raise ValueError("out cannot be given when a gradient is required; expected out=None")
 
 
-def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> str | None:
+def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
-    if (reason := _device_reason(str(q.device))) is not None:
-        return reason
     if not q.is_cuda and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
@@ -150,18 +149,3 @@ def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torc
                 f"got {x.shape[0]} at {x.stride(0)}"
             )
     return None
-
-
-def _device_reason(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not device.startswith("cuda"):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
-    found = capability(device)
-    return None if found is not None and found >= (8, 0) else f"it needs compute capability 8.0 or more, got {found}"
-
-
-# torch.compile need not look into what a device is. This is all that torch.compiler.assume_constant_result does, but
-# that one imports torch._dynamo, and with it triton, on the spot.
-_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Launch configurations of the portable prefill kernels: how head dims are cut, and which tiles a device gets."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 MIN_DOT_DIM = 16  # tl.dot's least depth
 MAX_QK_DIM, MAX_V_DIM = 576, 512  # forward, of which 576/512 (MQA mode expanded) is there for comparisons
@@ -37,6 +38,7 @@ class PrefillConfig:
     tma: bool = False
 
 
+@lru_cache
 def split_head_dim(dim: int) -> HeadSplit:
     """Cut a head dim into at most two powers of two, padding as little as that allows."""
     whole = max(MIN_DOT_DIM, _next_power_of_2(dim))
@@ -67,9 +69,13 @@ def forward_config(qk_head_dim: int, v_head_dim: int, capability: tuple[int, int
     """The forward kernel's configuration. `rows` is a bound of a sequence's length, or a guess; it only tells short
     from long.
     """
+    return _forward_config(qk_head_dim, v_head_dim, capability, rows <= 64)
+
+
+@lru_cache  # this is done anew in each call, and the host has little time for a short one
+def _forward_config(qk_head_dim: int, v_head_dim: int, capability: tuple[int, int], short: bool) -> PrefillConfig:
     width_v = value_width(v_head_dim)
     width = max(split_head_dim(qk_head_dim).width, width_v)
-    short = rows <= 64
     # Of these the first that fits shared memory. None spills (tests/prefill/test_prefill_compile.py).
     if capability[0] == 9:
         if width_v > 256:
@@ -107,6 +113,7 @@ def forward_shared_bytes(config: PrefillConfig, qk_head_dim: int, v_head_dim: in
     return 2 * (config.block_m * qk + config.num_stages * config.block_n * (qk + value_width(v_head_dim)))
 
 
+@lru_cache
 def backward_configs(
     qk_head_dim: int, v_head_dim: int, capability: tuple[int, int]
 ) -> tuple[PrefillConfig, PrefillConfig]:

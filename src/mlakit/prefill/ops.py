@@ -3,8 +3,7 @@
 import torch
 
 
-@torch.library.custom_op("mlakit::mla_prefill", mutates_args=())
-def mla_prefill(
+def run_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -19,14 +18,16 @@ def mla_prefill(
     return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
 
 
+mla_prefill = torch.library.custom_op("mlakit::mla_prefill", run_prefill, mutates_args=())
+
+
 @mla_prefill.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q):
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("mlakit::mla_prefill_out", mutates_args=("out",))
-def mla_prefill_out(
+def _prefill_out(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -39,6 +40,27 @@ def mla_prefill_out(
 ) -> torch.Tensor:
     """Like `mlakit::mla_prefill`, with `out` filled in place and lse returned; no gradients."""
     return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+
+
+mla_prefill_out = torch.library.custom_op("mlakit::mla_prefill_out", _prefill_out, mutates_args=("out",))
+
+
+def run_prefill_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int,
+) -> torch.Tensor:
+    """`mlakit::mla_prefill_out` without the dispatcher, which would have told autograd that `out` has changed."""
+    lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return lse
 
 
 @mla_prefill_out.register_fake
