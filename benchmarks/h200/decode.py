@@ -41,17 +41,14 @@ VLLM_DEFAULT_SPLITS = 4
 # block_m, block_n, warps, stages, programs a multiprocessor; and splits (None: evenly shared).
 Tuned = tuple[tuple[int, int, int, int, int], tuple[int | None, ...]]
 FEW: list[Tuned] = [
-    ((16, 32, 4, 3, 2), (None, 2)), ((16, 32, 4, 4, 1), (None,)), ((16, 32, 8, 3, 2), (None, 2)),
-    ((16, 64, 4, 3, 1), (None,)), ((16, 64, 8, 3, 1), (None, 1)), ((32, 64, 8, 3, 1), (None,)),
+    ((16, 32, 4, 3, 2), (None,)), ((16, 64, 4, 3, 1), (None,)), ((16, 64, 8, 3, 1), (None,)),
+    ((16, 32, 4, 2, 2), (None,)), ((16, 32, 8, 3, 2), (None,)), ((16, 32, 8, 3, 1), (None,)),
 ]  # fmt: skip
 MIDDLE: list[Tuned] = [
-    ((32, 64, 8, 3, 1), (None, 2)), ((16, 32, 4, 3, 2), (None, 2)), ((16, 64, 8, 3, 1), (None,)),
-    ((64, 64, 8, 2, 1), (None,)), ((32, 32, 8, 5, 1), (None,)),
+    ((32, 64, 8, 3, 1), (None, 2)), ((16, 32, 4, 3, 2), (None,)), ((64, 64, 8, 2, 1), (None,)),
+    ((32, 64, 4, 3, 1), (None,)),
 ]  # fmt: skip
-MANY: list[Tuned] = [
-    ((64, 64, 8, 2, 1), (None, 1, 2)), ((64, 32, 8, 4, 1), (None,)),
-    ((32, 64, 8, 3, 1), (None,)),
-]  # fmt: skip
+MANY: list[Tuned] = [((64, 64, 8, 2, 1), (None, 1)), ((64, 32, 8, 4, 1), (None,)), ((64, 32, 8, 3, 1), (None,))]
 TUNED_ROWS = (
     "128x16x8192", "64x16x4096", "64x32x4096", "1x16x8192", "128x128x8192", "32x128x8192", "ragged 128x128x4096 q1",
 )  # fmt: skip

@@ -113,7 +113,7 @@ def test_a_named_implementation_that_cannot_run_says_why(make_batch: "MakeBatch"
         run(make_batch([4], dtype=torch.float32).inputs, impl="triton")
     with pytest.raises(RuntimeError, match="page size that is a power of two, got 5"):
         run(make_batch([4], page_size=5).inputs, impl="triton")
-    with pytest.raises(RuntimeError, match="kv_lora_rank to be a power of two and at least 16, got 48"):
+    with pytest.raises(RuntimeError, match="kv_lora_rank to be a power of two and at least 32, got 48"):
         run(make_batch([4]).inputs, kv_lora_rank=48, impl="triton")
 
 

@@ -1,10 +1,12 @@
 """`mla_decode`: the public function. It validates, chooses an implementation and explains a refusal."""
 
+from typing import Any
+
 import torch
 
-from mlakit.decode.ops import check_capacity
+from mlakit.decode.ops import check_capacity, decode, decode_out
 from mlakit.decode.reference import mla_decode_reference
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose, unobserved
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -61,11 +63,14 @@ def mla_decode(
     _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, out)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return _differentiable(q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, out, impl)
-    options = (float(softmax_scale), causal, kv_lora_rank, num_splits, impl)
+    options: tuple[Any, ...] = (float(softmax_scale), causal, kv_lora_rank, num_splits, impl)
+    inputs = (q, cache, block_table, seq_lens)
+    direct = unobserved(*inputs) and (out is None or unobserved(out))
     if out is None:
-        result, lse = torch.ops.mlakit.mla_decode(q, cache, block_table, seq_lens, *options)
+        result, lse = decode(*inputs, *options) if direct else torch.ops.mlakit.mla_decode(*inputs, *options)
         return result, lse
-    return out, torch.ops.mlakit.mla_decode_out(q, cache, block_table, seq_lens, out, *options)
+    into = decode_out if direct else torch.ops.mlakit.mla_decode_out
+    return out, into(*inputs, out, *options)
 
 
 def _differentiable(

@@ -27,7 +27,7 @@ torch.library.define(
 )
 
 
-def _decode(
+def decode(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -39,10 +39,10 @@ def _decode(
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((*q.shape[:3], kv_lora_rank))
-    return out, _decode_out(q, cache, block_table, seq_lens, out, softmax_scale, causal, kv_lora_rank, num_splits, impl)
+    return out, decode_out(q, cache, block_table, seq_lens, out, softmax_scale, causal, kv_lora_rank, num_splits, impl)
 
 
-def _decode_out(
+def decode_out(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -170,5 +170,5 @@ def _lse_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-torch.library.impl("mlakit::mla_decode", ("cpu", "cuda"), _decode)
-torch.library.impl("mlakit::mla_decode_out", ("cpu", "cuda"), _decode_out)
+torch.library.impl("mlakit::mla_decode", ("cpu", "cuda"), decode)
+torch.library.impl("mlakit::mla_decode_out", ("cpu", "cuda"), decode_out)

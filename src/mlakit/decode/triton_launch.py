@@ -1,7 +1,6 @@
 """Launch configurations of the Triton decode kernels, chosen by one function, and the launcher."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from mlakit.decode.triton_combine import _mla_decode_combine_kernel
 from mlakit.decode.triton_decode import _mla_decode_kernel
 from mlakit.decode.triton_schedule import plan_slots
 from mlakit.hardware import DeviceInfo, device_info
+from mlakit.triton_launch import Launches
 
 LOG2E = 1.4426950408889634
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
@@ -69,9 +69,10 @@ def choose_config(
 
 
 def _preferred(rows: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Measured on an H200 (benchmarks/h200/decode.py --tune). 64 requests of 32 heads and 4096 keys: (32, 64, 8, 3)
-    # 142 us, two tiles of 16 rows 169, (64, 32, 8, 4) 194, (32, 32, 8, 5) 207. 128 x 128 heads x 8192 keys:
-    # (64, 64, 8, 2) 1168 us, (64, 32, 8, 4) 1356, (32, 64, 8, 3) 1795. Elsewhere by arithmetic on shared memory.
+    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys. 128x16x8192: (16, 32, 4, 3) 316 us,
+    # (16, 64, 4, 3) 340, (32, 64, 8, 3) 464. 64x32x4096: (32, 64, 8, 3) 139, two tiles of 16 rows 166, (64, 64, 8, 2)
+    # 175, (32, 32, 8, 5) 212. 128x128x8192: (64, 64, 8, 2) 1139, (64, 32, 8, 4) 1427, (32, 64, 8, 3) 1751. Elsewhere by
+    # arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
         return DecodeConfig(16, 32, 4, 3, 2 if large else 1)
@@ -99,23 +100,29 @@ def _smaller(config: DecodeConfig) -> DecodeConfig:
 
 
 @dataclass(frozen=True)
-class _Launches:
-    """All of a call that follows from shapes, options and device: worked out once, as a decode of a few requests is
-    done sooner than this.
-    """
+class _CallPlan:
+    """All of a call that follows from shapes, options and device."""
 
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     counts: tuple[int, ...]  # batch, q_len, heads, row_tiles, slots, splits, capacity
-    options: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
     partials: tuple[int, int]  # partial results, rows of each
-    combine_grid: tuple[int, int] | None
+    combine_grid: tuple[int, int, int] | None
     combine_counts: tuple[int, ...]
-    combine_options: dict[str, Any]
+    combine_constants: dict[str, Any]
+    dependent: bool
 
 
-@lru_cache(maxsize=1024)
-def _plan_launches(
-    shape: tuple[int, int, int, int],
+_ATTENTION, _COMBINE = Launches(_mla_decode_kernel), Launches(_mla_decode_combine_kernel)
+# Calls on a GPU by shapes, strides, options and device: to work all of it out again takes the host longer than the GPU
+# takes for a decode of a few requests.
+_PLANS: dict[Any, _CallPlan] = {}
+_MOST_PLANS = 4096
+
+
+def _plan_call(
+    shape: torch.Size,
     page_size: int,
     key_stride: int,
     max_pages: int,
@@ -125,7 +132,7 @@ def _plan_launches(
     num_splits: int | None,
     config: DecodeConfig | None,
     device: DeviceInfo,
-) -> _Launches:
+) -> _CallPlan:
     batch, q_len, heads, latent_dim = shape
     rows, rope_dim = q_len * heads, latent_dim - kv_lora_rank
     config = config or choose_config(
@@ -167,29 +174,28 @@ def _plan_launches(
     pieces = plan.splits or triton.cdiv(plan.slots, max(batch, 1)) + 1
     whole_rows = batch * rows >= 8 * device.units and pieces <= 8
     block_c = min(512 if whole_rows else 128, kv_lora_rank)
-    return _Launches(
-        grid=(plan.slots * row_tiles,),
+    return _CallPlan(
+        grid=(plan.slots * row_tiles, 1, 1),
         counts=(batch, q_len, heads, row_tiles, plan.slots, plan.splits or 0, capacity),
-        options={
+        constants={
             "CAUSAL": causal and q_len > 1,
             "PAGE_SIZE": page_size,
             "ROPE": rope_dim,
             "SPLIT": plan.is_split,
             "STAGES": config.num_stages,
             "WIDE": page_size * key_stride >= 2**31,
-            "num_warps": config.num_warps,
             **shared,
         },
+        num_warps=config.num_warps,
         partials=(plan.partials, row_tiles * config.block_m),
-        combine_grid=(batch * rows, kv_lora_rank // block_c) if plan.is_split else None,
+        combine_grid=(batch * rows, kv_lora_rank // block_c, 1) if plan.is_split else None,
         combine_counts=(batch, heads, rows, row_tiles, plan.slots, plan.splits or 0, capacity),
-        combine_options={
+        combine_constants={
             "BLOCK_P": min(64, max(2, triton.next_power_of_2(pieces))),
             "BLOCK_C": block_c,
-            "num_warps": 4,
             **shared,
-            **({"launch_pdl": True} if dependent else {}),
         },
+        dependent=dependent,
     )
 
 
@@ -212,42 +218,53 @@ def _launch_decode(
     """
     if q.shape[0] == 0:
         return
-    plan = _plan_launches(
+    device, q_strides, cache_strides, table_stride = q.device, q.stride(), cache.stride(), block_table.stride(0)
+    out_strides = out.stride()[:3]
+    pages, options = block_table.shape[1], (softmax_scale, causal, kv_lora_rank, num_splits, config)
+    key = (
         q.shape,
+        q_strides,
         cache.shape[1],
-        cache.stride(1),
-        block_table.shape[1],
-        q.element_size(),
-        causal,
-        kv_lora_rank,
-        num_splits,
-        config,
-        device_info(q.device),
+        cache_strides,
+        pages,
+        table_stride,
+        out_strides,
+        q.dtype,
+        options,
+        device,
     )
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _plan_call(
+            q.shape,
+            cache.shape[1],
+            cache_strides[1],
+            pages,
+            q.element_size(),
+            causal,
+            kv_lora_rank,
+            num_splits,
+            config,
+            device_info(device),
+        )
+        if device.type == "cuda":
+            if len(_PLANS) >= _MOST_PLANS:
+                _PLANS.clear()
+            _PLANS[key] = plan
     partial, partial_lse = out, lse  # never touched if nothing is split; a kernel argument needs some pointer
     if plan.combine_grid is not None:
         partials, rows = plan.partials
-        partial = torch.empty((partials, rows, kv_lora_rank), dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty((partials, rows), dtype=torch.float32, device=q.device)
-    out_strides = out.stride()[:3]
-    _mla_decode_kernel[plan.grid](
-        q,
-        cache,
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        partial,
-        partial_lse,
-        softmax_scale * LOG2E,
-        *q.stride()[:3],
-        *cache.stride()[:2],
-        block_table.stride(0),
-        *out_strides,
-        *plan.counts,
-        **plan.options,
-    )
-    if plan.combine_grid is not None:
-        _mla_decode_combine_kernel[plan.combine_grid](
-            partial, partial_lse, seq_lens, out, lse, *out_strides, *plan.combine_counts, **plan.combine_options
-        )
+        partial = torch.empty((partials, rows, kv_lora_rank), dtype=torch.float32, device=device)
+        partial_lse = torch.empty((partials, rows), dtype=torch.float32, device=device)
+    tensors = (q, cache, block_table, seq_lens, out, lse, partial, partial_lse)
+    if device.type != "cuda" or not _ATTENTION.again(key, device, tensors):
+        strides = (*q_strides[:3], *cache_strides[:2], table_stride, *out_strides)
+        numbers = (softmax_scale * LOG2E, *strides, *plan.counts)
+        _ATTENTION.first(key, device, plan.grid, tensors, numbers, plan.constants, num_warps=plan.num_warps)
+    if plan.combine_grid is None:
+        return
+    merged = (partial, partial_lse, seq_lens, out, lse)
+    if device.type != "cuda" or not _COMBINE.again(key, device, merged):
+        numbers = (*out_strides, *plan.combine_counts)
+        pdl = {"launch_pdl": True} if plan.dependent else {}
+        _COMBINE.first(key, device, plan.combine_grid, merged, numbers, plan.combine_constants, num_warps=4, **pdl)
