@@ -71,8 +71,8 @@ def test_append_to_the_float8_cache(page_size, scale_fmt, dtype):
     assert (cache.view(-1, 656)[untouched] == 255).all()
 
 
-# A latent whose mean square is exactly 1 comes out as the weight itself, with the signs of the token: no rounding of the
-# norm is in the way, and every byte of the row must be that of the definition.
+# A latent whose mean square is exactly 1 comes out as the weight itself, with the signs of the token: no rounding of
+# the norm is in the way, and every byte of the row must be that of the definition.
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_float8_row_is_bit_exact(scale_fmt, dtype):
