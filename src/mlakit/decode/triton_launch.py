@@ -69,10 +69,10 @@ def choose_config(
 
 
 def _preferred(rows: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys. 128x16x8192: (16, 32, 4, 3) 316 us,
-    # (16, 64, 4, 3) 340, (32, 64, 8, 3) 464. 64x32x4096: (32, 64, 8, 3) 139, two tiles of 16 rows 166, (64, 64, 8, 2)
-    # 175, (32, 32, 8, 5) 212. 128x128x8192: (64, 64, 8, 2) 1139, (64, 32, 8, 4) 1427, (32, 64, 8, 3) 1751. Elsewhere by
-    # arithmetic on shared memory.
+    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys. 128x16x8192: (16, 32, 4, 3) takes
+    # 316 us, (16, 64, 4, 3) 340, (32, 64, 8, 3) 464. 64x32x4096: (32, 64, 8, 3) 139, two tiles of 16 rows 166, (64, 64,
+    # 8, 2) 175, (32, 32, 8, 5) 212. 128x128x8192: (64, 64, 8, 2) 1139, (64, 32, 8, 4) 1427, (32, 64, 8, 3) 1751.
+    # Elsewhere by arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
         return DecodeConfig(16, 32, 4, 3, 2 if large else 1)
