@@ -22,7 +22,8 @@ class GemmConfig:
 
     `descriptors` loads tiles by TMA (compute capability 9.0 and up, and rows that are multiples of 16 bytes).
     `deferred` scales a product while the tensor cores are at the next one. `max_registers` makes room for another
-    program on a multiprocessor.
+    program on a multiprocessor. No default has either: with the best tile they were slower on an H200 (763 and 577
+    TFLOP/s, not 942).
     """
 
     block_m: int
@@ -118,7 +119,7 @@ def _fp8_gemm_kernel(
 def gemm_config(m: int, n: int, k: int, units: int, found: tuple[int, int] | None) -> GemmConfig:
     """The tile for m x n sums over k on a device of `units` multiprocessors and a compute capability.
 
-    Times are of an H200, against those of the same tile by pointers.
+    Speeds are of one run on an H200, beside those of the default before: 64 x 128 or 64 x 64 by pointers.
     """
     native = found is not None and found >= (8, 9)
     if k % 16:
@@ -135,10 +136,11 @@ def gemm_config(m: int, n: int, k: int, units: int, found: tuple[int, int] | Non
     # A program a multiprocessor: of no use where the last round leaves many of them idle.
     rounds = triton.cdiv(m, 128) * triton.cdiv(n, 128) / units
     if rounds >= 0.75 * math.ceil(rounds):
-        return GemmConfig(128, 128, num_warps=8, num_stages=6, descriptors=True)  # 936 TFLOP/s, not 796
-    if triton.cdiv(m, 64) * triton.cdiv(n, 128) >= units:
+        # 4096 x 7168 x 7168: 936 TFLOP/s (796 before; 4 stages 942), 8192 x 8192 x 8192: 925 (795; 4 stages 898).
+        return GemmConfig(128, 128, num_warps=8, num_stages=6, descriptors=True)
+    if triton.cdiv(m, 64) * triton.cdiv(n, 128) >= units:  # by the count of programs, not measured on such shapes
         return GemmConfig(64, 128, num_warps=4, num_stages=3, descriptors=True)
-    return GemmConfig(64, 64, num_warps=4, num_stages=6, descriptors=True)  # 128 x 7168 x 16384: 55 us, not 69
+    return GemmConfig(64, 64, num_warps=4, num_stages=6, descriptors=True)  # 128 x 7168 x 16384: 55 us (69 before)
 
 
 _LAUNCHES = Launches(_fp8_gemm_kernel)
