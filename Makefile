@@ -36,10 +36,10 @@ test: lint ## lint, type check and every CPU test
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto
 
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
-	PYTHONPATH=src MLAKIT_TEST_GPU=1 $(RUN) -m pytest -p no:cacheprovider tests/gpu
+	PYTHONPATH="src:$$PYTHONPATH" MLAKIT_TEST_GPU=1 $(RUN) -m pytest -p no:cacheprovider tests/gpu
 
 bench-h200: $(READY) ## measure on this GPU and refresh results/h200
-	PYTHONPATH=src $(RUN) benchmarks/h200/run_all.py
+	PYTHONPATH="src:$$PYTHONPATH" $(RUN) benchmarks/h200/run_all.py
 
 clean: ## remove what make and the tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
