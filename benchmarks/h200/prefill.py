@@ -38,7 +38,7 @@ QK, V = 192, 128
 SCALE = QK**-0.5
 
 # block_m, block_n, warps, stages, bulk loads. Not worth a try again: computing the next block's scores while the
-# softmax of this one runs, queries in registers, or masked blocks in a loop of their own (6% slower to 2% faster).
+# softmax of this one runs, queries in registers, or masked blocks in a loop of their own (13% slower to 2% faster).
 TUNE_FORWARD = [
     (128, 64, 8, 3, True), (128, 64, 8, 4, True), (128, 64, 8, 3, False), (128, 128, 8, 2, True), (64, 64, 4, 2, True),
     (64, 64, 4, 4, True), (256, 64, 16, 2, True),

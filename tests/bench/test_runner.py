@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("support")
         ("NotHere", "unavailable", ["needs compute capability 10.0, this is a CPU"]),
         ("Refuses", "unsupported", ["takes pages of 128 tokens, got 16"]),
         ("Missing", "unavailable", ["no attribute 'Missing'"]),
-        ("NoBackend", "unavailable", ["is no mlakit.backends.Backend"]),
+        ("NoBackend", "unavailable", ["is no subclass of mlakit.backends.Backend"]),
         ("Standard", "unsupported", ["computes standard attention, not mla"]),
     ],
 )
