@@ -99,11 +99,11 @@ _MANY_KEYS = 2**19
 def concat_config(tokens: int, heads: int, key_bytes: int, units: int) -> ConcatConfig:
     """The launch for `tokens` x `heads` keys of `key_bytes` on a device of `units` multiprocessors."""
     if tokens * heads >= _MANY_KEYS:
-        # One warp on about 1.5 KiB, and no store hint: 1284 us for 65536 tokens in bf16 on an H200 (0.99 of a copy), where
-        # 32 heads in 4 warps with streaming stores took 1378.
+        # One warp on about 1.5 KiB, and no store hint: 1284 us for 65536 tokens in bf16 on an H200 (0.99 of a copy),
+        # where 32 heads in 4 warps with streaming stores took 1378.
         return ConcatConfig(block_heads=8 if key_bytes <= 192 else 4, num_warps=1, streaming=False)
-    # Few keys: larger programs, but enough of them for every multiprocessor (14.1 us for 512 tokens, where 32 heads in 4
-    # warps took 15.7).
+    # Few keys: larger programs, but enough of them for every multiprocessor (14.1 us for 512 tokens, where 32 heads in
+    # 4 warps took 15.7).
     block_heads = 64
     while block_heads > 8 and tokens * triton.cdiv(heads, block_heads) < units:
         block_heads //= 2
