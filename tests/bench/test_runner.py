@@ -228,6 +228,11 @@ def test_run_mla_benchmark_as_the_seed_shows(support):
     assert tuned.config.parameters == {"chunk": 4}
 
 
+def test_probe_measures_for_the_kind_of_device_it_finds():
+    # By kind and not by name: "cuda" and "auto" are found to be "cuda:0".
+    assert set(probe("cpu", {"cpu": ["fp32"], "cuda": ["bf16"]}).ceilings) == {"fp32"}
+
+
 def test_probe_of_a_device_that_is_not_there():
     with pytest.raises(ValueError, match=r"no device cuda:7: PyTorch .* sees"):
         probe("cuda:7", ["bf16"])

@@ -42,7 +42,7 @@ class Listener:
 def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], listener: Listener | None = None) -> Device:
     """Find the device and measure its ceilings for each dtype, in a process of its own.
 
-    `dtypes` may depend on the device that "auto" turns out to be: {"cpu": [...], "cuda:0": [...]}.
+    `dtypes` may depend on the kind of device that is found: {"cpu": [...], "cuda": [...]}.
 
     Raises:
         ValueError: there is no such device.

@@ -56,7 +56,7 @@ def _probe(request: dict[str, Any], events: TextIO) -> dict[str, Any]:
     info = device_info(device)
     ceilings = {}
     dtypes = request["dtypes"]
-    for dtype in dtypes[str(device)] if isinstance(dtypes, dict) else dtypes:
+    for dtype in dtypes[device.type] if isinstance(dtypes, dict) else dtypes:
         _send(events, "stage", name=f"measuring this device's limits in {dtype}")
         ceilings[dtype] = vars(measure_ceilings(device, DTYPES[dtype]))
     return {"device": str(device), "environment": describe_environment(info), "ceilings": ceilings}

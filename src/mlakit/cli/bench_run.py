@@ -29,9 +29,6 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
         KeyboardInterrupt: after saying how to go on.
     """
     loaded = config_file.load(config) if config else None
-    # A plan for either kind of device, before anything slow starts: most mistakes show here.
-    for cpu in (True, False):
-        make_plan(settings_for(loaded, flags, cpu=cpu), "cpu" if cpu else "cuda:0")
     err = make_console(stderr=True)
     progress = Progress(err, quiet=quiet)
     wanted = flags.get("benchmark", {}).get("device") or (loaded.content.benchmark.device if loaded else None) or "auto"
@@ -63,12 +60,11 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
 
 def _probe(wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress) -> Device:
     """The device, with ceilings for every dtype that the plan will name on it."""
-    names = [wanted] if wanted != "auto" else ["cpu", "cuda:0"]
     dtypes = {
-        name: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=name == "cpu"), name).rows}
-        for name in names
+        kind: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=kind == "cpu"), name).rows}
+        for kind, name in (("cpu", "cpu"), ("cuda", "cuda:0"))
     }
-    return probe(wanted, {name: sorted(found) for name, found in dtypes.items()}, progress)
+    return probe(wanted, dtypes, progress)
 
 
 class _Paths:
