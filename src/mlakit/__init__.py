@@ -19,6 +19,8 @@ _PUBLIC = {
     "format_batch_spec": "mlakit.bench.batch_spec",
     "get_batch_stats": "mlakit.bench.batch_spec",
     "get_batch_type": "mlakit.bench.batch_spec",
+    "mla_sparse_decode": "mlakit.sparse",
+    "mla_sparse_prefill": "mlakit.sparse",
     "parse_batch_spec": "mlakit.bench.batch_spec",
     "run_mla_benchmark": "mlakit.bench.runner",
 }
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     )
     from mlakit.dims import MLADims as MLADims
     from mlakit.dims import StandardDims as StandardDims
+    from mlakit.sparse import mla_sparse_decode as mla_sparse_decode
+    from mlakit.sparse import mla_sparse_prefill as mla_sparse_prefill
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,208 @@
+"""The torch.library schemas of the sparse operations: what torch.compile and CUDA graphs see. No gradient.
+
+The implementation is chosen inside the operators, where torch.compile does not look: what the device can do is no
+business of a graph's.
+"""
+
+import torch
+
+from mlakit.dispatch import choose_triton
+from mlakit.sparse.reference import mla_sparse_decode_reference, mla_sparse_prefill_reference
+
+_PREFILL = "Tensor q, Tensor kv, Tensor indices"
+_PREFILL_OPTIONS = "float softmax_scale, int d_v, Tensor? attn_sink, Tensor? topk_length, str? impl"
+_DECODE = "Tensor q, Tensor cache, Tensor indices"
+_DECODE_OPTIONS = (
+    "float softmax_scale, int kv_lora_rank, Tensor? attn_sink, Tensor? topk_length, int? num_splits, str? impl"
+)
+
+
+def prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = q.new_empty((*q.shape[:2], d_v))
+    return out, *prefill_out(q, kv, indices, out, softmax_scale, d_v, attn_sink, topk_length, impl)
+
+
+def prefill_out(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    reason = _input_reason(q, kv, d_v)
+    if choose_triton("mla_sparse_prefill", impl, q, reason) == "reference":
+        result, max_logits, lse = mla_sparse_prefill_reference(
+            q, kv, indices, softmax_scale=softmax_scale, d_v=d_v, attn_sink=attn_sink, topk_length=topk_length
+        )
+        out.copy_(result)
+        return max_logits, lse
+    from mlakit.sparse.triton_prefill import _launch_prefill
+
+    max_logits = q.new_empty(q.shape[:2], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    _launch_prefill(q, kv, indices, attn_sink, topk_length, out, max_logits, lse, softmax_scale=softmax_scale)
+    return max_logits, lse
+
+
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    num_splits: int | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty((*q.shape[:3], kv_lora_rank))
+    options = (softmax_scale, kv_lora_rank, attn_sink, topk_length, num_splits, impl)
+    return out, decode_out(q, cache, indices, out, *options)
+
+
+def decode_out(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    num_splits: int | None,
+    impl: str | None,
+) -> torch.Tensor:
+    reason = _input_reason(q, cache, kv_lora_rank)
+    if choose_triton("mla_sparse_decode", impl, q, reason) == "reference":
+        result, lse = mla_sparse_decode_reference(
+            q,
+            cache,
+            indices,
+            softmax_scale=softmax_scale,
+            kv_lora_rank=kv_lora_rank,
+            attn_sink=attn_sink,
+            topk_length=topk_length,
+        )
+        out.copy_(result)
+        return lse
+    from mlakit.sparse.triton_launch import _launch_decode
+
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch_decode(
+        q, cache, indices, attn_sink, topk_length, out, lse, softmax_scale=softmax_scale, num_splits=num_splits
+    )
+    return lse
+
+
+def _input_reason(q: torch.Tensor, keys: torch.Tensor, d_v: int) -> str | None:
+    """Why the Triton kernels cannot run these inputs, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
+    rope = q.shape[-1] - d_v
+    if d_v < 32 or d_v & (d_v - 1):
+        return f"needs the value's width to be a power of two and at least 32, got {d_v}"
+    if rope and (rope < 16 or rope & (rope - 1)):
+        return f"needs the rope part to be absent, or a power of two and at least 16, got {rope}"
+    if keys.dtype == torch.uint8 and (keys.stride(0) % 4 or keys.stride(1) % 4 or keys.storage_offset() % 4):
+        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(keys.stride())}"
+    return None
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _prefill_fake(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    numbers = q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+    return q.new_empty((*q.shape[:2], d_v)), numbers, torch.empty_like(numbers)
+
+
+def _prefill_out_fake(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+    return numbers, torch.empty_like(numbers)
+
+
+def _decode_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    num_splits: int | None,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty((*q.shape[:3], kv_lora_rank)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def _decode_out_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    num_splits: int | None,
+    impl: str | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+# Registered by key and not by torch.library.custom_op: the wrappers of the latter cost more host time than a small
+# decode takes.
+for _name, _schema, _run, _fake in (
+    ("mla_sparse_prefill", f"({_PREFILL}, {_PREFILL_OPTIONS}) -> (Tensor, Tensor, Tensor)", prefill, _prefill_fake),
+    (
+        "mla_sparse_prefill_out",
+        f"({_PREFILL}, Tensor(a!) out, {_PREFILL_OPTIONS}) -> (Tensor, Tensor)",
+        prefill_out,
+        _prefill_out_fake,
+    ),
+    ("mla_sparse_decode", f"({_DECODE}, {_DECODE_OPTIONS}) -> (Tensor, Tensor)", decode, _decode_fake),
+    (
+        "mla_sparse_decode_out",
+        f"({_DECODE}, Tensor(a!) out, {_DECODE_OPTIONS}) -> Tensor",
+        decode_out,
+        _decode_out_fake,
+    ),
+):
+    torch.library.define(f"mlakit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mlakit::{_name}", _fake)
+    torch.library.impl(f"mlakit::{_name}", ("cpu", "cuda"), _run)
