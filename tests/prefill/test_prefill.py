@@ -77,6 +77,26 @@ def test_reference_gradients_with_rows_without_keys(causal):
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
+# The rope part given apart, for all heads and for each kv head; the answer and every gradient are the concatenation's.
+@pytest.mark.parametrize("pe_heads", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_in_two_parts(pe_heads, causal):
+    q, k, v, cu_q, cu_k = inputs([3, 5], [9, 5])
+    k_pe = k[:, :pe_heads, 16:]
+    whole = torch.cat([k[..., :16], k_pe.expand(-1, 2, -1)], dim=-1)
+    parts = [x.detach().clone().requires_grad_() for x in (q, k[..., :16], v, k_pe)]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, whole, v)]
+    got = mla_prefill(*parts[:3], cu_q, cu_k, softmax_scale=0.3, causal=causal, k_pe=parts[3])
+    expected = mla_prefill(*leaves, cu_q, cu_k, softmax_scale=0.3, causal=causal)
+    seeds = [torch.randn_like(x) for x in expected]
+    dq, dk, dv, dk_pe = torch.autograd.grad(got, parts, seeds)
+    dq_want, dk_want, dv_want = torch.autograd.grad(expected, leaves, seeds)
+    rope = dk_want[..., 16:]
+    wanted = (*expected, dq_want, dk_want[..., :16], dv_want, rope if pe_heads == 2 else rope.sum(1, keepdim=True))
+    for a, b in zip((*got, dq, dk, dv, dk_pe), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_sequences():
     out, lse = mla_prefill(*inputs([], []), softmax_scale=1.0)
     assert out.shape == (0, 4, 16)
@@ -116,6 +136,17 @@ def test_default_on_a_cpu_is_the_reference_whatever_the_environment(monkeypatch)
         ({"cu_seqlens_q": torch.tensor([0, 5])}, "cu_seqlens_q must be torch.int32, got torch.int64"),
         ({"cu_seqlens_k": cu(4, 5)}, r"cu_seqlens_k must have shape \[2\], got \[3\]"),
         ({"cu_seqlens_q": cu()[:0], "cu_seqlens_k": cu()[:0]}, "at least 1, got 0"),
+        ({"k_pe": torch.zeros(9, 1, 8)}, r"k_pe must have shape \[9, 1 or num_kv_heads, 0\], got \[9, 1, 8\]"),
+        (
+            {"k": torch.zeros(9, 4, 16), "v": torch.zeros(9, 4, 16), "k_pe": torch.zeros(9, 2, 8)},
+            "num_kv_heads 4, got 2",
+        ),
+        ({"k_pe": torch.zeros(9, 1, 0)}, r"must each have a column, got k \[9, 2, 24\], k_pe \[9, 1, 0\]"),
+        (
+            {"k": torch.zeros(9, 2, 16), "k_pe": torch.zeros(9, 1, 8).half()},
+            "k_pe must be torch.float32, got torch.float16",
+        ),
+        ({"k": torch.zeros(9, 2, 16), "k_pe": torch.zeros(9, 1, 16)[..., ::2]}, "k_pe must have stride 1 in its last"),
         ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
         ({"softmax_scale": float("inf")}, "softmax_scale must be positive and finite, got inf"),
         ({"max_seqlen_q": -1}, "max_seqlen_q must be at least 0, got -1"),

@@ -93,6 +93,34 @@ def test_strided_views():
     assert torch.equal(again, out)
 
 
+# The rope part of the keys apart, shared by all heads or not, k and v side by side in one tensor.
+@pytest.mark.parametrize(("kv_heads", "pe_heads"), [(2, 1), (2, 2), (1, 1)])
+def test_keys_in_two_parts(kv_heads, pe_heads):
+    torch.manual_seed(0)
+    kv = torch.randn(40, kv_heads, 64).to(DTYPE)
+    parts = [torch.randn(33, 2, 48).to(DTYPE), kv[..., :32], kv[..., 32:], torch.randn(40, pe_heads, 16).to(DTYPE)]
+    cu_q, cu_k = cu(33), cu(40)
+    d_out, d_lse = torch.randn(33, 2, 32).to(DTYPE), torch.randn(33, 2)
+
+    def run(convert, impl):
+        q, k, v, k_pe = leaves = [convert(x).requires_grad_() for x in parts]
+        out, lse = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.2, k_pe=k_pe, impl=impl)
+        grads = torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse.to(lse.dtype)))
+        return out.detach(), lse.detach(), grads
+
+    out, lse, grads = run(torch.clone, "triton")
+    ref, ref_lse, ref_grads = run(torch.Tensor.double, "reference")
+    eager, _, eager_grads = run(torch.clone, "reference")
+    assert_close(out, ref, eager)
+    assert compare_lse(lse, ref_lse).ok
+    for name, got, want, base in zip(("q", "k", "v", "k_pe"), grads, ref_grads, eager_grads, strict=True):
+        assert_close(got, want, base, f"gradient of {name}")
+    plain = [x.detach() for x in parts]
+    again = poison_(torch.empty_like(out))
+    mla_prefill(*plain[:3], cu_q, cu_k, softmax_scale=0.2, k_pe=plain[3], out=again, impl="triton")
+    assert torch.equal(again, out)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, cu_q, cu_k = inputs([20], [40], 1, 1, 32, 32)
     # Scores of some hundreds: exp of the largest is far beyond float32.
@@ -187,6 +215,9 @@ def test_opcheck():
     plain = [x.detach() for x in (q, k, v)]
     out, lse = ops.mla_prefill(*plain, cu_q, cu_k, 0.2, True, -1)
     torch.library.opcheck(ops.mla_prefill_out, (*plain, cu_q, cu_k, torch.zeros_like(out), 0.2, True, -1))
+    q, k, v = leaves
+    k_pe = torch.randn(14, 1, 16, dtype=DTYPE, requires_grad=True)
+    torch.library.opcheck(ops.mla_prefill, (q, k[..., :16], v, cu_q, cu_k, 0.2, True, -1, k_pe))
     for d_lse in (None, torch.ones_like(lse)):
         torch.library.opcheck(
             ops.mla_prefill_backward, (torch.ones_like(out), d_lse, *plain, out, lse, cu_q, cu_k, 0.2, True)

@@ -28,23 +28,27 @@ def mla_prefill(
     *,
     softmax_scale: float,
     causal: bool = True,
+    k_pe: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within each of several sequences laid end to end; differentiable in q, k and v.
+    """Attend within each of several sequences laid end to end; differentiable in q, k, k_pe and v.
 
     Args:
         q: [tokens, num_heads, qk_head_dim], bfloat16 or float16 (any floating dtype for `impl="reference"`).
         k: [keys, num_kv_heads, qk_head_dim]; `num_heads` is a multiple of `num_kv_heads`, consecutive query heads
-            share one.
-        v: [keys, num_kv_heads, v_head_dim]. q, k and v may have any strides but the last, which is 1; v may be a view
-            of a tensor that holds more, such as k and v side by side.
+            share one. With `k_pe`, k holds the first columns alone, [keys, num_kv_heads, qk_head_dim - rope].
+        v: [keys, num_kv_heads, v_head_dim]. All may have any strides but the last, which is 1; k and v may be views of
+            a tensor that holds more, such as k and v side by side.
         cu_seqlens_q: [batch + 1] int32, on q's device, from 0 up: sequence i holds rows cu_seqlens_q[i] to
             cu_seqlens_q[i + 1]. Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: the
             Triton kernels read none of them and give them zeros and -inf (the reference leaves them out).
         cu_seqlens_k: [batch + 1] int32, the same for k and v. Rows past cu_seqlens_k[-1] are not read; their gradients
             are zero.
+        k_pe: [keys, 1 or num_kv_heads, rope], the last columns of the keys (the rotated part, which all heads share in
+            MLA): scores are q's first columns times k plus its last ones times k_pe, as if k were the concatenation.
+            "triton" concatenates first, in a kernel of its own.
         softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_head_dim); positive.
         causal: query i of q_len sees the first `k_len - q_len + i + 1` keys (bottom-right alignment).
         max_seqlen_q: a hint, the longest sequence of queries; only the choice of tiles depends on it, never the result.
@@ -64,11 +68,11 @@ def mla_prefill(
 
     Source: FlashAttention-2 (arXiv:2307.08691); MHA mode as in DeepSeek-V2 (arXiv:2405.04434), section 2.1.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, max_seqlen_q, out)
-    chosen = choose_triton("mla_prefill", impl, q, _why_not(q, k, v, out))
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, k_pe, max_seqlen_q, out)
+    chosen = choose_triton("mla_prefill", impl, q, _why_not(q, k, v, k_pe, out))
     if chosen == "reference":
         result, lse = mla_prefill_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, k_pe=k_pe
         )
         if out is None:
             return result, lse
@@ -78,11 +82,12 @@ def mla_prefill(
     from mlakit.prefill import ops
 
     hint = -1 if max_seqlen_q is None else max_seqlen_q
+    plain = unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k) and (k_pe is None or unobserved(k_pe))
     if out is not None:
-        fill = ops.run_prefill_out if unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k, out) else ops.mla_prefill_out
-        return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint)
-    run = ops.run_prefill if unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k) else ops.mla_prefill
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint)
+        fill = ops.run_prefill_out if plain and unobserved(out) else ops.mla_prefill_out
+        return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint, k_pe)
+    run = ops.run_prefill if plain else ops.mla_prefill
+    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint, k_pe)
 
 
 def _check(
@@ -92,13 +97,17 @@ def _check(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
+    k_pe: torch.Tensor | None,
     max_seqlen_q: int | None,
     out: torch.Tensor | None,
 ) -> None:
     check_shape("q", q, ("tokens", "num_heads", "qk_head_dim"))
     tokens, num_heads, qk_dim = q.shape
-    check_shape("k", k, ("keys", "num_kv_heads", qk_dim))
-    keys, num_kv_heads, _ = k.shape
+    if k_pe is None:
+        check_shape("k", k, ("keys", "num_kv_heads", qk_dim))
+    else:
+        check_shape("k", k, ("keys", "num_kv_heads", "qk_head_dim - rope"))
+    keys, num_kv_heads, k_dim = k.shape
     check_shape("v", v, (keys, num_kv_heads, "v_head_dim"))
     check_shape("cu_seqlens_q", cu_seqlens_q, ("batch + 1",))
     check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],))
@@ -111,6 +120,15 @@ def _check(
     check_dtype("q", q, torch.bfloat16, torch.float16, torch.float32, torch.float64)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
+    if k_pe is not None:
+        check_shape("k_pe", k_pe, (keys, "1 or num_kv_heads", qk_dim - k_dim))
+        if k_pe.shape[1] not in (1, num_kv_heads):
+            raise ValueError(f"k_pe must have 1 head or k's num_kv_heads {num_kv_heads}, got {k_pe.shape[1]}")
+        if k_dim < 1 or k_pe.shape[-1] < 1:
+            raise ValueError(f"k and k_pe must each have a column, got k {list(k.shape)}, k_pe {list(k_pe.shape)}")
+        check_dtype("k_pe", k_pe, q.dtype)
+        check_device("k_pe", k_pe, q.device)
+        check_last_dim_contiguous("k_pe", k_pe)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_dtype(name, cu, torch.int32)
         check_device(name, cu, q.device)
@@ -127,11 +145,17 @@ def _check(
         check_dtype("out", out, q.dtype)
         check_device("out", out, q.device)
         check_last_dim_contiguous("out", out)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or out.requires_grad):
+        if _needs_grad(q, k, v, k_pe, out):
             raise ValueError("out cannot be given when a gradient is required; expected out=None")
 
 
-def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> str | None:
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _why_not(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pe: torch.Tensor | None, out: torch.Tensor | None
+) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
     if not q.is_cuda and q.dtype == torch.bfloat16:
@@ -139,10 +163,9 @@ def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tenso
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if qk_dim > MAX_QK_DIM or v_dim > MAX_V_DIM:
         return f"head dims may be up to {MAX_QK_DIM} and {MAX_V_DIM}, got {qk_dim} and {v_dim}"
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if grad and max(qk_dim, v_dim) > MAX_BACKWARD_DIM:
+    if max(qk_dim, v_dim) > MAX_BACKWARD_DIM and _needs_grad(q, k, v, k_pe):
         return f"gradients need head dims up to {MAX_BACKWARD_DIM}, got {qk_dim} and {v_dim}"
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("k_pe", k_pe), ("out", out)):
         if x is not None and (x.stride(0) > _MAX_ROW_STRIDE or x.shape[0] > _MAX_ROWS):
             return (
                 f"{name} may have up to {_MAX_ROWS} rows at a stride of up to {_MAX_ROW_STRIDE}, "

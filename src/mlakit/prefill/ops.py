@@ -2,6 +2,8 @@
 
 import torch
 
+from mlakit.concat.api import concat_k
+
 
 def run_prefill(
     q: torch.Tensor,
@@ -12,17 +14,18 @@ def run_prefill(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int,
+    k_pe: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as `mlakit.prefill.mla_prefill` defines them; a negative `max_seqlen_q` means that it is not known."""
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+    return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
 
 
 mla_prefill = torch.library.custom_op("mlakit::mla_prefill", run_prefill, mutates_args=())
 
 
 @mla_prefill.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q, k_pe=None):
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
@@ -37,9 +40,10 @@ def _prefill_out(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int,
+    k_pe: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Like `mlakit::mla_prefill`, with `out` filled in place and lse returned; no gradients."""
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
 
 
 mla_prefill_out = torch.library.custom_op("mlakit::mla_prefill_out", _prefill_out, mutates_args=("out",))
@@ -55,16 +59,17 @@ def run_prefill_out(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int,
+    k_pe: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`mlakit::mla_prefill_out` without the dispatcher, which would have told autograd that `out` has changed."""
-    lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q)
+    lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return lse
 
 
 @mla_prefill_out.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe=None):
     return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
@@ -117,27 +122,42 @@ def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, 
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _, k_pe = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, k_pe, out, lse, cu_seqlens_q, cu_seqlens_k)
     ctx.softmax_scale = softmax_scale
     ctx.causal = causal
     ctx.set_materialize_grads(False)  # a gradient of zeros for lse would cost a pass over it
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, k_pe, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 8
+        return (None,) * 9
     if dout is None:
         dout = torch.zeros_like(out)
+    keys = _keys(k, k_pe)
     dq, dk, dv = mla_prefill_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, ctx.causal
+        dout, dlse, q, keys, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, ctx.causal
     )
-    return dq, dk, dv, None, None, None, None, None
+    dk_pe = None
+    if k_pe is not None:
+        dk, dk_pe = dk[..., : k.shape[-1]], dk[..., k.shape[-1] :]
+        if k_pe.shape[1] != k.shape[1]:  # every head used the one row; PyTorch's sum accumulates in float32
+            dk_pe = dk_pe.sum(dim=1, keepdim=True)
+    return dq, dk, dv, None, None, None, None, None, dk_pe
 
 
 mla_prefill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _keys(k: torch.Tensor, k_pe: torch.Tensor | None) -> torch.Tensor:
+    """The keys in one tensor."""
+    if k_pe is None:
+        return k
+    if k_pe.shape[1] != 1:
+        return torch.cat([k, k_pe], dim=-1)
+    return concat_k(k, k_pe)
 
 
 def _forward(
@@ -150,10 +170,12 @@ def _forward(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int,
+    k_pe: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from mlakit.prefill.config import forward_config
     from mlakit.prefill.triton_forward import _launch_forward
 
+    k = _keys(k, k_pe)
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     # Without a hint the mean length is the best guess at hand.
     rows = max_seqlen_q if max_seqlen_q >= 0 else q.shape[0] // max(cu_seqlens_q.numel() - 1, 1)

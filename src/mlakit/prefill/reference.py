@@ -12,19 +12,21 @@ def mla_prefill_reference(
     *,
     softmax_scale: float,
     causal: bool = True,
+    k_pe: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend within each of several sequences laid end to end.
 
     Args:
         q: [tokens, num_heads, qk_head_dim].
         k: [keys, num_kv_heads, qk_head_dim]; `num_heads` is a multiple of `num_kv_heads`, and consecutive query heads
-            share one.
+            share one. With `k_pe`, k holds the first columns alone, [keys, num_kv_heads, qk_head_dim - rope].
         v: [keys, num_kv_heads, v_head_dim].
         cu_seqlens_q: [batch + 1] int32: sequence i holds rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q. Empty ones
             are allowed.
         cu_seqlens_k: [batch + 1] int32, the same for k and v.
         softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_head_dim).
         causal: query i of q_len sees the first `k_len - q_len + i + 1` keys (bottom-right alignment).
+        k_pe: [keys, 1 or num_kv_heads, rope], the last columns of the keys.
 
     Returns:
         out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if
@@ -33,6 +35,8 @@ def mla_prefill_reference(
     Scores and products are computed in q's dtype and the softmax in float32, as eager PyTorch would; with float64
     inputs this is the oracle. Differentiable by autograd.
     """
+    if k_pe is not None:
+        k = torch.cat([k, k_pe.expand(-1, k.shape[1], -1)], dim=-1)
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
     outs = []
