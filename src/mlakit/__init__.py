@@ -16,6 +16,7 @@ _PUBLIC = {
     "MLADims": "mlakit.dims",
     "ResultsFormatter": "mlakit.bench.formatter",
     "StandardDims": "mlakit.dims",
+    "apply_rope": "mlakit.rope",
     "format_batch_spec": "mlakit.bench.batch_spec",
     "get_batch_stats": "mlakit.bench.batch_spec",
     "get_batch_type": "mlakit.bench.batch_spec",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     )
     from mlakit.dims import MLADims as MLADims
     from mlakit.dims import StandardDims as StandardDims
+    from mlakit.rope import apply_rope as apply_rope
     from mlakit.sparse import mla_sparse_decode as mla_sparse_decode
     from mlakit.sparse import mla_sparse_prefill as mla_sparse_prefill
 
