@@ -1,0 +1,155 @@
+"""The latent kept in pages, and our kernels through the whole step."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlakit.cache import append_latent
+from mlakit.decode import mla_decode
+from mlakit.merge import merge_states
+from mlakit.nn.caches import LatentCache
+from mlakit.nn.flash import refuse_mask
+from mlakit.nn.project import rotate_query, wants_grad
+from mlakit.nn.step import Step
+from mlakit.prefill import mla_prefill
+
+if TYPE_CHECKING:
+    from mlakit.nn.mla import MultiheadLatentAttention
+
+# Up to this many new tokens behind a context are attended to in MQA mode, more in MHA mode. A head's product with a key
+# costs 2 * (576 + 512) operations there and 2 * (192 + 128) here, where the key must first be expanded, 2 * 512 * 256
+# for all the new tokens together: the two are equal at 171 tokens.
+MQA_TOKENS = 128
+
+# Tokens of a context that are expanded at a time, over all requests: 0.5 GiB of keys and values of 128 heads.
+CONTEXT_TOKENS = 8192
+
+
+def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
+    """[bsz, seqlen, dim] to heads' outputs side by side, [bsz, seqlen, n_heads * v_head_dim]."""
+    refuse_mask(layer.attn_impl, step)
+    q, kv = layer.query(x), layer.wkv_a(x)
+    if step.cache is not None:
+        _append(layer, kv.detach(), step)
+    if not isinstance(step.start, int) or (not step.begins and step.seqlen <= MQA_TOKENS and not wants_grad(q, kv)):
+        return _attend_in_mqa_mode(layer, q, step).flatten(2)
+    return _attend_in_mha_mode(layer, q, kv, step).flatten(2)
+
+
+def _append(layer: "MultiheadLatentAttention", kv: torch.Tensor, step: Step) -> None:
+    """Normalize, rotate and write the new tokens' latents, in one kernel."""
+    cache, args = step.cache, layer.args
+    assert isinstance(cache, LatentCache)
+    positions = step.positions()
+    if positions is not None:
+        positions = positions.flatten()
+    cos, sin = step.cos, step.sin
+    if positions is None and step.bsz > 1:
+        if step.seqlen == 1:
+            cos, sin = cos.expand(step.bsz, -1), sin.expand(step.bsz, -1)
+        else:
+            positions = torch.arange(step.seqlen, device=kv.device).repeat(step.bsz)
+    append_latent(
+        kv.flatten(0, 1),
+        layer.kv_norm.weight.detach(),
+        cos,
+        sin,
+        cache.pages,
+        cache.slots(step.start, step.bsz, step.seqlen),
+        positions=positions,
+        eps=args.eps,
+        scale_fmt=args.scale_fmt,
+    )
+    if isinstance(step.start, int):
+        cache.filled = step.end
+
+
+def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step: Step) -> torch.Tensor:
+    """Absorb the keys' up-projection into the query, attend to the latent, project the values up."""
+    cache, args = step.cache, layer.args
+    assert isinstance(cache, LatentCache)
+    if wants_grad(q):
+        raise ValueError(
+            "fused has no gradient where start_pos is a tensor; call it under torch.no_grad(), or give a number"
+        )
+    up_k, up_v = layer.up_projections(q.dtype)
+    tokens, heads, rank = step.bsz * step.seqlen, args.n_heads, args.kv_lora_rank
+    q_nope, q_pe = q.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
+    absorbed = q.new_empty(step.bsz, step.seqlen, heads, args.latent_dim)
+    by_head = absorbed.view(tokens, heads, args.latent_dim)[..., :rank].transpose(0, 1)
+    _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
+    step.rotate(q_pe, out=absorbed[..., rank:])
+
+    out, _ = mla_decode(
+        absorbed,
+        cache.pages,
+        cache.block_table[: step.bsz],
+        step.seq_lens(q.device),
+        softmax_scale=layer.softmax_scale,
+        causal=step.causal,
+        kv_lora_rank=rank,
+    )
+    result = q.new_empty(tokens, heads, args.v_head_dim)
+    _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
+    return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    # Straight into the strided result: torch.bmm would give a tensor that has to be transposed.
+    if torch.compiler.is_compiling():  # which takes no strided result
+        out.copy_(torch.bmm(a, b))
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def _attend_in_mha_mode(
+    layer: "MultiheadLatentAttention", q: torch.Tensor, kv: torch.Tensor, step: Step
+) -> torch.Tensor:
+    """Expand keys and values: of the new tokens, then of what came before, some of it at a time."""
+    args = layer.args
+    latent, k_pe = kv.split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
+    k_pe = step.rotate(k_pe.unsqueeze(2)).flatten(0, 1)
+    q = rotate_query(layer, q, step).flatten(0, 1)
+    out, lse = _attend_to(layer, q, layer.kv_norm(latent).flatten(0, 1), k_pe, step, step.seqlen, step.causal)
+    assert isinstance(step.start, int)
+    if step.start:
+        cache = step.cache
+        assert isinstance(cache, LatentCache)
+        outs, lses = [out], [lse]
+        each = max(CONTEXT_TOKENS // step.bsz, 1)
+        for begin in range(0, step.start, each):
+            end = min(begin + each, step.start)
+            rows = cache.gather(step.bsz, begin, end)
+            latents, k_pes = rows.split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
+            out, lse = _attend_to(layer, q, latents, k_pes[:, None], step, end - begin, causal=False)
+            outs.append(out)
+            lses.append(lse)
+        out, _ = merge_states(outs, lses)
+    return out.view(step.bsz, step.seqlen, args.n_heads, args.v_head_dim)
+
+
+def _attend_to(
+    layer: "MultiheadLatentAttention",
+    q: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    step: Step,
+    keys: int,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expand `keys` tokens of every request, and attend to them."""
+    k_nope, v = layer.expand(latent)
+    bounds_q, bounds_k = (
+        torch.arange(0, (step.bsz + 1) * each, each, device=q.device, dtype=torch.int32) for each in (step.seqlen, keys)
+    )
+    return mla_prefill(
+        q,
+        k_nope,
+        v,
+        bounds_q,
+        bounds_k,
+        softmax_scale=layer.softmax_scale,
+        causal=causal,
+        max_seqlen_q=step.seqlen,
+        k_pe=k_pe,
+    )
