@@ -1,5 +1,5 @@
-"""DeepSeek-V3's own layer, written out from its definition: what the tests of `mlakit.nn` compare with, and the baseline
-of benchmarks/h200/layer.py.
+"""DeepSeek-V3's own layer, written out from its definition: what the tests of `mlakit.nn` compare with, and the
+baseline of benchmarks/h200/layer.py.
 
 It computes what DeepSeek-V3's inference/model.py computes, step by step and in its dtypes: plain PyTorch, whole tensors
 of scores, a softmax in float32 rounded to the activations' dtype. Nothing of `mlakit.nn` is used.
@@ -71,7 +71,9 @@ def rotation_table(args: Any) -> torch.Tensor:
 
 
 def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Elements 2i and 2i + 1 of x [bsz, seqlen, heads, rope] as a complex number, times row t of `table` for token t."""
+    """Elements 2i and 2i + 1 of x [bsz, seqlen, heads, rope] as a complex number, times row t of `table` for token
+    t.
+    """
     wide = x.double() if x.dtype == torch.float64 else x.float()
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * table[None, :, None, :]
     return torch.view_as_real(turned).flatten(3).to(x.dtype)
@@ -86,6 +88,9 @@ class DeepSeekMLA(nn.Module):
         dtype: of the weights, except that `args.dtype == "fp8"` makes the linear ones float8; of the caches too.
         eps: of the norms.
     """
+
+    first_cache: torch.Tensor
+    second_cache: torch.Tensor
 
     def __init__(self, args: Any, attn_impl: str, dtype: torch.dtype = torch.bfloat16, eps: float = 1e-6) -> None:
         super().__init__()
@@ -113,7 +118,7 @@ class DeepSeekMLA(nn.Module):
         self.softmax_scale = self.qk_dim**-0.5
         if args.max_seq_len > args.original_seq_len:
             self.softmax_scale *= (0.1 * args.mscale * math.log(args.rope_factor) + 1.0) ** 2
-        widths = [(self.heads, self.qk_dim), (self.heads, self.v_dim)]
+        widths: list[tuple[int, ...]] = [(self.heads, self.qk_dim), (self.heads, self.v_dim)]
         if attn_impl == "absorb":
             widths = [(self.rank,), (self.rope,)]
         for name, width in zip(("first_cache", "second_cache"), widths, strict=True):
