@@ -1,0 +1,92 @@
+"""Launch configurations of the Hopper decode kernels, chosen by one function, and what the kernels can take."""
+
+from dataclasses import dataclass
+
+import torch
+
+RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
+TILE_ROWS = 64  # query rows a program of the kernel for many heads
+STEP = 128  # keys a step: work is divided in whole ones
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How a decode kernel is launched."""
+
+    kernel: str = "many"
+    prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
+    worker_registers: int = 240
+    max_registers: int = 255
+
+
+@dataclass(frozen=True)
+class HopperPlan:
+    """How many slots a batch gets, in pieces of `splits` a request; 0: as the device finds best."""
+
+    row_tiles: int
+    slots: int
+    splits: int
+    partials: int
+
+    @property
+    def programs(self) -> int:
+        """Programs of the launch."""
+        return self.slots * self.row_tiles
+
+
+def plan_slots(*, batch: int, rows: int, capacity: int, units: int, num_splits: int | None) -> HopperPlan:
+    """Choose the number of slots from what the host knows: programs of one slot run side by side, and all are resident
+    at once unless no request is cut.
+    """
+    row_tiles = -(-rows // TILE_ROWS)
+    steps = -(-capacity // STEP)
+    slots = units // row_tiles
+    if num_splits is not None:
+        splits = max(1, min(num_splits, steps))
+        if splits > 1:
+            return HopperPlan(row_tiles, min(slots, batch * splits), splits, batch * splits)
+        return HopperPlan(row_tiles, batch, 1, 0)
+    if slots * row_tiles < 0.8 * units or steps <= 1:
+        return HopperPlan(row_tiles, batch, 1, 0)  # several waves, and nobody waits for another program
+    slots = min(slots, batch * steps)
+    return HopperPlan(row_tiles, slots, 0, max(2 * slots, slots // batch * batch))
+
+
+def refusal(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    num_splits: int | None,
+    units: int,
+) -> str | None:
+    """Why the kernels cannot run these inputs, or None. The device is not looked at."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if kv_lora_rank != RANK or q.shape[-1] != RANK + ROPE:
+        return f"needs kv_lora_rank {RANK} and latent_dim {RANK + ROPE}, got {kv_lora_rank} and {q.shape[-1]}"
+    if not softmax_scale > 0:
+        return f"needs a positive softmax_scale, got {softmax_scale}"
+    pages, page_size, _ = cache.shape
+    if page_size < 64 or page_size & (page_size - 1):
+        return f"needs a page size that is a power of two and at least 64, got {page_size}"
+    if pages == 0:
+        return "needs at least one page in the cache"
+    page_stride, key_stride, _ = cache.stride()
+    if page_stride != page_size * key_stride:
+        return f"needs pages that follow one another without gaps, got cache strides {list(cache.stride())}"
+    if key_stride % 8 or cache.data_ptr() % 16:
+        return f"needs keys aligned to 16 bytes, got cache strides {list(cache.stride())} from {cache.data_ptr():#x}"
+    if pages * page_size >= 2**31:
+        return f"needs fewer than 2**31 slots in the cache, got {pages * page_size}"
+    if q.shape[0] > 4096:
+        return f"needs at most 4096 requests, got {q.shape[0]}"
+    row_tiles = -(-q.shape[1] * q.shape[2] // TILE_ROWS)
+    if num_splits is not None and num_splits > 1 and row_tiles > units:
+        return f"needs at most {units * TILE_ROWS} query rows a request where it is split, got {q.shape[1] * q.shape[2]}"
+    return None
+
+
+def choose_config(*, batch: int, rows: int) -> HopperConfig:
+    """The launch configuration for `rows` query rows a request."""
+    return HopperConfig()

@@ -1,0 +1,145 @@
+"""The launcher of the Hopper decode kernels."""
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mlakit.decode.hopper_config import RANK, ROPE, TILE_ROWS, HopperConfig, HopperPlan, choose_config, plan_slots
+from mlakit.decode.hopper_many import _mla_decode_many_kernel
+from mlakit.hardware import device_info
+
+LOG2E = 1.4426950408889634
+_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
+_MOST_LAUNCHES = 4096
+# A launch by what determines it but the tensors' addresses: the compiled kernel and all arguments after the tensors.
+_LAUNCHES: dict[Any, tuple[Any, HopperPlan, tuple[Any, ...]]] = {}
+
+
+class _Counters:
+    """Zeros by which programs of a launch tell one another that partial results are written; each launch leaves them
+    zero. Launches that may run at the same time must not share them: a stream has its own, and so has a captured call.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: from here on every stream may take them to be zero
+        self._used = 0
+        self._streams: dict[int, torch.Tensor] = {}
+
+    def of_stream(self, stream: int, count: int) -> torch.Tensor:
+        """Counters of calls on a stream, which follow one another."""
+        own = self._streams.get(stream)
+        if own is None or own.numel() < count:
+            own = self._streams[stream] = self.take(max(count, 1024))
+        return own
+
+    def take(self, count: int) -> torch.Tensor:
+        """Counters that nobody else gets."""
+        count = -(-count // 4) * 4
+        if self._used + count > self.SIZE:
+            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
+        self._used += count
+        return self._zeros[self._used - count : self._used]
+
+
+_COUNTERS: dict[torch.device, _Counters] = {}
+
+
+def _counters(device: torch.device, count: int) -> torch.Tensor:
+    if device.type != "cuda":  # compiled, not run
+        return torch.zeros(count, dtype=torch.int32)
+    capturing = torch.cuda.is_current_stream_capturing()
+    found = _COUNTERS.get(device)
+    if found is None:
+        if capturing:  # no way to wait for zeros written outside of the graph: one more node, for this graph alone
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        found = _COUNTERS[device] = _Counters(device)
+    if capturing:
+        return found.take(count)
+    return found.of_stream(torch.cuda.current_stream(device).cuda_stream, count)
+
+
+def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, _LAYOUT)
+
+
+def _launch_hopper_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    num_splits: int | None,
+    config: HopperConfig | None = None,
+) -> None:
+    """Fill `out` and `lse`. Inputs are valid already and `hopper_config.refusal` found nothing; partial results lie in
+    memory from the caching allocator, so that a CUDA graph owns its own.
+    """
+    batch, q_len, heads, latent = q.shape
+    if batch == 0:
+        return
+    device, rows = q.device, q_len * heads
+    if not q.is_contiguous() or q.data_ptr() % 16:
+        q = q.clone(memory_format=torch.contiguous_format)
+    q_matrix = q.view(batch * rows, latent)
+    pages, page_size, _ = cache.shape
+    k_matrix = cache.as_strided((pages * page_size, latent), (cache.stride(1), 1))
+    aligned = (out.data_ptr() | lse.data_ptr() | seq_lens.data_ptr() | block_table.data_ptr()) % 16
+    key = (
+        q.shape, cache.shape, cache.stride(1), block_table.shape[1], block_table.stride(0), out.stride(), q.dtype,
+        softmax_scale, causal, num_splits, config, device, aligned,
+    )  # fmt: skip
+    known = _LAUNCHES.get(key)
+    if known is None:
+        capacity = block_table.shape[1] * page_size
+        chosen = config or choose_config(batch=batch, rows=rows)
+        plan = plan_slots(
+            batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits
+        )
+        numbers = (
+            softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1) * cache.element_size(),
+            batch, q_len, heads, capacity, plan.row_tiles, plan.slots, plan.splits, 0,
+        )  # fmt: skip
+        constants = (
+            causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)), chosen.prefetch,
+            chosen.worker_registers,
+        )  # fmt: skip
+    else:
+        kernel, plan, rest = known
+    partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
+    if plan.partials:
+        partial = torch.empty((plan.partials, plan.row_tiles * TILE_ROWS, RANK), dtype=torch.float32, device=device)
+        partial_lse = torch.empty((plan.partials, plan.row_tiles * TILE_ROWS), dtype=torch.float32, device=device)
+        counters = _counters(device, batch * plan.row_tiles)
+    arguments = (
+        _descriptor(q_matrix, [TILE_ROWS, RANK // 2]), _descriptor(k_matrix, [64, RANK // 2]),
+        _descriptor(k_matrix, [64, ROPE]), q, cache, block_table, seq_lens, out, lse, partial, partial_lse, counters,
+    )  # fmt: skip
+    if known is not None:
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel(*arguments, *rest)
+        else:
+            kernel(*arguments, *rest)
+        return
+    grid = (plan.programs, 1, 1)
+    # Cooperative where programs wait for one another: all of them must be resident.
+    options = {"num_warps": 4, "maxnreg": chosen.max_registers, "launch_cooperative_grid": plan.partials > 0}
+    if device.type != "cuda":
+        _mla_decode_many_kernel[grid](*arguments, *numbers, *constants, **options)
+        return
+    with torch.cuda.device(device):
+        compiled = _mla_decode_many_kernel[grid](*arguments, *numbers, *constants, **options)
+    if len(_LAUNCHES) >= _MOST_LAUNCHES:
+        _LAUNCHES.clear()
+    _LAUNCHES[key] = compiled[grid], plan, (*numbers, *constants)

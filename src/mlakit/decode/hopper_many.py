@@ -1,0 +1,384 @@
+"""Dense MLA decode for many heads on Hopper: 64 query rows a program, two warpgroups in a seesaw.
+
+Keys come in pairs of tiles of 64. The left warpgroup computes the scores of the first tile and owns the left half of the
+output, the right one those of the second tile and the right half. Each multiplies its own weights, from registers,
+with its half of its own tile, then the other's, from shared memory, with its half of the other's. The running maximum
+travels through shared memory, from the left to the right one and back.
+
+- Each half of a tile is read, as values, by one warpgroup only, which then refills it itself: no barrier between the
+  two stands before a copy.
+- Two tiles and the queries fill shared memory, so a copy must be short: the pages of the pair after are brought into
+  L2 while a pair is computed.
+- Buffers are indexed by a number that is zero and that the compiler does not know: else it keeps every matrix
+  descriptor in registers of its own and spills.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlakit.decode.hopper_parts import (
+    _arrive,
+    _await,
+    _barrier,
+    _leave,
+    _merge_rows,
+    _prefetch,
+    _tile_row,
+    _zero_tail,
+)
+from mlakit.decode.hopper_schedule import _partial_at, _piece, _share_out
+
+
+@gluon.jit
+def _fill_half(k_desc, row, keys, full, HALF: gl.constexpr, wanted):
+    mbarrier.expect(full, 64 * 256 * 2, pred=wanted)
+    tma.async_copy_global_to_shared(k_desc, [row, HALF * 256], full, keys, pred=wanted)
+
+
+@gluon.jit
+def _fill_half_and_rope(k_desc, r_desc, row, keys, rope, full, HALF: gl.constexpr, wanted):
+    mbarrier.expect(full, 64 * (256 + 64) * 2, pred=wanted)
+    tma.async_copy_global_to_shared(k_desc, [row, HALF * 256], full, keys, pred=wanted)
+    tma.async_copy_global_to_shared(r_desc, [row, 512], full, rope, pred=wanted)
+
+
+@gluon.jit
+def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    r = gl.arange(0, 64, gl.SliceLayout(1, operand))
+    c = gl.arange(0, 64, gl.SliceLayout(0, operand))
+    return gl.load(q_ptr + row.to(gl.int64) * 576 + 512 + r[:, None] * 576 + c[None, :], mask=(r < live)[:, None], other=0.0)
+
+
+@gluon.jit
+def _scores(q_near, q_far, q_rope, k_near, k_far, k_rope, full_near, full_far, phase, layout: gl.constexpr):
+    """Q K^T of a tile: the half that was asked for by this warpgroup, and the rope part, first."""
+    s = gl.zeros([64, 64], gl.float32, layout)
+    mbarrier.wait(full_near, phase)
+    s = warpgroup_mma(q_near, k_near.permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_rope, k_rope.permute((1, 0)), s, is_async=True)
+    mbarrier.wait(full_far, phase)
+    s = warpgroup_mma(q_far, k_far.permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, [s])
+
+
+@gluon.jit
+def _finite(m, CAUSAL: gl.constexpr):
+    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
+    if CAUSAL:
+        m = gl.where(m == -float("inf"), 0.0, m)
+    return m
+
+
+@gluon.jit
+def _attend(
+    W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
+    queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
+    DTYPE: gl.constexpr = k_desc.dtype
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, output, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, score)
+    of_out_row: gl.constexpr = gl.SliceLayout(1, output)
+    LN2: gl.constexpr = 0.6931471805599453
+    rows = q_len * heads
+    local = gl.arange(0, 64, of_row)
+    key_col = W * 64 + gl.arange(0, 64, gl.SliceLayout(0, score))
+    passed = begin * 0  # pairs so far: the parity of every barrier that turns once a pair
+    done = begin * 0  # pieces so far
+    start_before = before
+
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
+        )
+        if first < last:
+            valid = gl.minimum(length, capacity)
+            last_tile = (valid - 1) // 64
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            row_a = _tile_row(table, 2 * first, last_tile, PAGE, 64)
+            row_b = _tile_row(table, 2 * first + 1, last_tile, PAGE, 64)
+            q_row = request * rows + tile * 64
+            live = gl.minimum(rows - tile * 64, 64)
+            yes = first < last
+            if W == 0:
+                mbarrier.expect(full_q, 64 * 512 * 2)
+                tma.async_copy_global_to_shared(q_desc, [q_row, 0], full_q, queries.index(0))
+                tma.async_copy_global_to_shared(q_desc, [q_row, 256], full_q, queries.index(1))
+                _fill_half_and_rope(k_desc, r_desc, row_a, keys.index(0), ropes.index(0), full.index(0), 0, yes)
+                _fill_half(k_desc, row_b, keys.index(2), full.index(2), 0, yes)
+            else:
+                _fill_half_and_rope(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, yes)
+                _fill_half(k_desc, row_a, keys.index(1), full.index(1), 1, yes)
+            next_a = _tile_row(table, 2 * first + 2, last_tile, PAGE, 64)
+            next_b = _tile_row(table, 2 * first + 3, last_tile, PAGE, 64)
+            q_rope = _load_rope_of_queries(q_ptr, q_row, live, score)
+            if CAUSAL:
+                sight = valid - q_len + 1 + (tile * 64 + local) // heads
+                shortest = valid - q_len + 1 + (tile * 64) // heads
+            else:
+                sight = gl.full([64], 0, gl.int32, of_row) + valid
+                shortest = valid
+            m = gl.full([64], -float("inf"), gl.float32, of_row)
+            l = gl.zeros([64], gl.float32, of_row)
+            o = gl.zeros([64, 256], gl.float32, output)
+            mbarrier.wait(full_q, done & 1)
+            for pair in range(first, last):
+                phase = passed & 1
+                passed += 1
+                z = pair * zero
+                at = pair * 128
+                more = pair + 1 < last
+                if PREFETCH:
+                    # Of the programs that share a request's keys, each asks for its part.
+                    if W == 0:
+                        ask = more & (tile % 2 == 0)
+                        _prefetch(cache_ptr + next_a.to(gl.int64) * key_bytes, 64 * key_bytes, ask)
+                    else:
+                        ask = more & ((tile % 2 == 1) | (row_tiles == 1))
+                        _prefetch(cache_ptr + next_b.to(gl.int64) * key_bytes, 64 * key_bytes, ask)
+                then_a = _tile_row(table, 2 * pair + 4, last_tile, PAGE, 64)
+                then_b = _tile_row(table, 2 * pair + 5, last_tile, PAGE, 64)
+                k_al = keys.index(z)
+                k_ar = keys.index(z + 1)
+                k_bl = keys.index(z + 2)
+                k_br = keys.index(z + 3)
+                if at + 128 > valid:
+                    if W == 0:
+                        mbarrier.wait(full.index(0), phase)
+                        _zero_tail(k_al, valid - at)
+                        mbarrier.wait(full.index(2), phase)
+                        _zero_tail(k_bl, valid - at - 64)
+                    else:
+                        mbarrier.wait(full.index(3), phase)
+                        _zero_tail(k_br, valid - at - 64)
+                        mbarrier.wait(full.index(1), phase)
+                        _zero_tail(k_ar, valid - at)
+                    fence_async_shared()
+                    _barrier()
+                if W == 0:
+                    s = _scores(
+                        queries.index(z), queries.index(z + 1), q_rope, k_al, k_ar, ropes.index(z),
+                        full.index(0), full.index(1), phase, score,
+                    )  # fmt: skip
+                    if at + 64 > shortest:
+                        s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
+                    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+                    shift = _finite(m_new, CAUSAL)
+                    factor = gl.exp2(m - shift)
+                    maxima.index(0).store(m_new)
+                    factors.index(0).store(factor)
+                    mbarrier.arrive(told_m, count=1)
+                    p = gl.exp2(s * scale_log2 - shift[:, None])
+                    l = l * factor + gl.sum(p, 1)
+                    o = o * gl.convert_layout(factor, of_out_row)[:, None]
+                    own = gl.convert_layout(p.to(DTYPE), operand)
+                    o = warpgroup_mma(own, k_al, o, is_async=True)
+                    mbarrier.wait(told_s, phase)
+                    m = maxima.index(1).load(of_row)
+                    later = factors.index(1).load(of_row)
+                    weights.index(0).store((p * later[:, None]).to(DTYPE))
+                    fence_async_shared()
+                    mbarrier.arrive(told_p.index(0), count=1)
+                    l = l * later
+                    o, own = warpgroup_mma_wait(0, [o, own])
+                    _barrier()
+                    _fill_half_and_rope(k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more)
+                    o = o * gl.convert_layout(later, of_out_row)[:, None]
+                    mbarrier.wait(told_p.index(1), phase)
+                    o = warpgroup_mma(weights.index(1), k_bl, o, is_async=True)
+                    o = warpgroup_mma_wait(0, [o])
+                    _barrier()
+                    _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more)
+                else:
+                    s = _scores(
+                        queries.index(z + 1), queries.index(z), q_rope, k_br, k_bl, ropes.index(z + 1),
+                        full.index(3), full.index(2), phase, score,
+                    )  # fmt: skip
+                    if at + 128 > shortest:
+                        s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
+                    own_max = gl.max(s, 1) * scale_log2
+                    mbarrier.wait(told_m, phase)
+                    m = maxima.index(0).load(of_row)
+                    earlier = factors.index(0).load(of_row)
+                    m_new = gl.maximum(m, own_max)
+                    shift = _finite(m_new, CAUSAL)
+                    factor = gl.exp2(m - shift)
+                    maxima.index(1).store(m_new)
+                    factors.index(1).store(factor)
+                    mbarrier.arrive(told_s, count=1)
+                    p = gl.exp2(s * scale_log2 - shift[:, None])
+                    rounded = p.to(DTYPE)
+                    weights.index(1).store(rounded)
+                    fence_async_shared()
+                    mbarrier.arrive(told_p.index(1), count=1)
+                    factor = factor * earlier
+                    l = l * factor + gl.sum(p, 1)
+                    o = o * gl.convert_layout(factor, of_out_row)[:, None]
+                    own = gl.convert_layout(rounded, operand)
+                    o = warpgroup_mma(own, k_br, o, is_async=True)
+                    mbarrier.wait(told_p.index(0), phase)
+                    o = warpgroup_mma(weights.index(0), k_ar, o, is_async=True)
+                    o, own = warpgroup_mma_wait(1, [o, own])
+                    _barrier()
+                    _fill_half_and_rope(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more)
+                    o = warpgroup_mma_wait(0, [o])
+                    _barrier()
+                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more)
+                next_a = then_a
+                next_b = then_b
+
+            sums.index(W).store(l)
+            mbarrier.arrive(told_l.index(W), count=1)
+            mbarrier.wait(told_l.index(1 - W), done & 1)
+            done += 1
+            l = l + sums.index(1 - W).load(of_row)
+            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
+            # over a part.
+            inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
+            inverse = gl.where(length > capacity, float("nan"), inverse)
+            o = o * gl.convert_layout(inverse, of_out_row)[:, None]
+            out_row = gl.arange(0, 64, of_out_row)
+            out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, output))
+            if count > 1:
+                place = _partial_at(base, number, aligned) * row_tiles + tile
+                part = partial_ptr + place.to(gl.int64) * (64 * 512)
+                gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o)
+                if W == 0:
+                    gl.store(partial_lse_ptr + place * 64 + local, gl.where(l == 0.0, -float("inf"), m + gl.log2(l)))
+                _arrive(counter_ptr + request * row_tiles + tile)
+            else:
+                row = tile * 64 + out_row
+                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+                result = out_ptr + request.to(gl.int64) * stride_ob
+                gl.store(result + at_row[:, None] + out_col[None, :], o.to(DTYPE), mask=(row < rows)[:, None])
+                if W == 0:
+                    natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
+                    natural = gl.where(length > capacity, float("nan"), natural)
+                    row = tile * 64 + local
+                    gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
+        before += steps
+
+    # Requests without keys: nobody's pieces.
+    if W == 1:
+        for request in range(slot, batch, slots):
+            if gl.load(seq_lens_ptr + request) <= 0:
+                plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+                row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
+                col = gl.arange(0, 512, gl.SliceLayout(0, plain))
+                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + col[None, :]
+                gl.store(result, gl.zeros([64, 512], DTYPE, plain), mask=(row < rows)[:, None])
+                row = tile * 64 + local
+                nothing = gl.full([64], -float("inf"), gl.float32, of_row)
+                gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+
+    # Pieces of a request are merged by the programs that computed them, each some rows.
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
+        )
+        if (first < last) & (count > 1):
+            counter = counter_ptr + request * row_tiles + tile
+            _await(counter, 2 * count)
+            row_begin = number * 64 // count
+            row_end = (number + 1) * 64 // count
+            result = out_ptr + request.to(gl.int64) * stride_ob
+            result_lse = lse_ptr + request.to(gl.int64) * rows
+            too_long = length > capacity
+            if count == 2:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16,
+                )  # fmt: skip
+            elif count <= 16:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4,
+                )  # fmt: skip
+            else:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1,
+                )  # fmt: skip
+            _leave(counter, 2 * count)
+        before += steps
+
+
+@gluon.jit
+def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr):
+    _attend(0, *args, CAUSAL, PAGE, PREFETCH)
+
+
+@gluon.jit
+def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr):
+    _attend(1, *args, CAUSAL, PAGE, PREFETCH)
+
+
+# What changes from batch to batch must not recompile; `zero` must stay unknown.
+@gluon.jit(
+    do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "row_tiles", "slots", "splits", "zero"]
+)
+def _mla_decode_many_kernel(
+    q_desc, k_desc, r_desc,
+    q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    batch, q_len, heads, capacity, row_tiles, slots, splits, zero,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = k_desc.dtype
+    tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
+    slot = gl.program_id(0) // row_tiles
+    matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries = gl.allocate_shared_memory(DTYPE, [2, 64, 256], matrix)
+    keys = gl.allocate_shared_memory(DTYPE, [4, 64, 256], matrix)  # first tile: left, right; second: left, right
+    ropes = gl.allocate_shared_memory(DTYPE, [2, 64, 64], matrix)
+    weights = gl.allocate_shared_memory(DTYPE, [2, 64, 64], matrix)
+    maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    told_p = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    told_l = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    told_m = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    told_s = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(full.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(told_p.index(i), count=1)
+        mbarrier.init(told_l.index(i), count=1)
+    mbarrier.init(full_q, count=1)
+    mbarrier.init(told_m, count=1)
+    mbarrier.init(told_s, count=1)
+    fence_async_shared()
+    begin, end, aligned, pieces, share, before = _share_out(
+        seq_lens_ptr, slot, slots, batch, splits, capacity, 128, BLOCK_B
+    )
+    args = (
+        q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+        batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
+        queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [(_left, (args, CAUSAL, PAGE, PREFETCH)), (_right, (args, CAUSAL, PAGE, PREFETCH))], [4], [WORKER_REGISTERS]
+    )

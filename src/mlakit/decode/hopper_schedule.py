@@ -1,0 +1,89 @@
+"""Who does what in the Hopper kernels: dividing the keys of a batch among resident programs, on the device.
+
+A *slot* is one program for every tile of query rows; all slots are resident at once. Keys are counted in *steps* of
+STEP keys. Two ways to share them, of which each program chooses the same from the lengths:
+
+- ALIGNED: every request is cut into the same number of pieces (one if there are as many requests as slots), and a slot
+  takes whole pieces. Taken where that costs at most a few percent in balance: no slot then starts or merges more pieces
+  than it must.
+- EVEN: all steps of the batch, laid end to end, are cut into equal ranges. Lengths may be as ragged as they like.
+
+Nothing of it is known to the host, so lengths may change between replays of a CUDA graph.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _steps_of(length, capacity, STEP: gl.constexpr):
+    return gl.cdiv(gl.minimum(gl.maximum(length, 0), capacity), STEP)
+
+
+@gluon.jit
+def _share_out(seq_lens_ptr, slot, slots, batch, splits, capacity, STEP: gl.constexpr, BLOCK_B: gl.constexpr):
+    """This slot's items and how to read them (`_piece`): items [begin, end), aligned, pieces a request, steps a slot,
+    steps before the first item's request.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 128], [32], [4], [0])
+    requests = gl.arange(0, BLOCK_B, layout)
+    steps = _steps_of(gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0), capacity, STEP)
+    total = gl.sum(steps, 0)
+    longest = gl.max(steps, 0)
+    share = gl.maximum(gl.cdiv(total, slots), 1)
+    pieces = gl.where(splits > 0, splits, gl.maximum(slots // batch, 1))
+    items = gl.cdiv(batch * pieces, slots)
+    # Up to a sixteenth and one step longer than a perfect balance: to start and merge one more piece costs as much.
+    aligned = (splits > 0) | (items * gl.cdiv(longest, pieces) * 16 <= share * 17 + 16)
+    ends = gl.associative_scan(steps, 0, _add)
+    first_step = slot * share
+    end_step = gl.minimum(first_step + share, total)
+    first = gl.sum((ends <= first_step).to(gl.int32), 0)
+    last = gl.sum((ends < end_step).to(gl.int32), 0)
+    before = gl.sum(gl.where(requests < first, steps, 0), 0)
+    begin = gl.where(aligned, slot * items, first)
+    end = gl.where(aligned, gl.minimum(slot * items + items, batch * pieces), last + 1)
+    end = gl.where(aligned | (first_step < end_step), end, begin)
+    return begin, end, aligned.to(gl.int32), pieces, share, before
+
+
+@gluon.jit
+def _piece(item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, STEP: gl.constexpr):
+    """What an item is: request, its length and steps, steps [first, end) of it, number of the piece and how many there
+    are, and where partial results lie: the request's first, and the distance from one to the next (`_partial_at`).
+    """
+    request = item
+    if aligned != 0:
+        request = item // pieces
+    length = gl.load(seq_lens_ptr + request)
+    steps = _steps_of(length, capacity, STEP)
+    if aligned != 0:
+        count = gl.maximum(gl.minimum(pieces, steps), 1)
+        number = item % pieces
+        first = number * steps // count
+        end = gl.where(number < count, (number + 1) * steps // count, first)
+        base = request * pieces
+    else:
+        first_slot = before // share
+        count = (before + steps - 1) // share - first_slot + 1
+        number = slot - first_slot
+        first = gl.maximum(slot * share - before, 0)
+        end = gl.minimum(slot * share + share - before, steps)
+        base = 2 * first_slot
+    return request, length, steps, first, end, number, count, base
+
+
+@gluon.jit
+def _partial_at(base, number, aligned):
+    """Where the partial result of a piece is kept. A slot that shares evenly has at most two: of the request that it
+    takes over from the slot before, and of the one that it leaves to the next (the first piece of that one).
+    """
+    return gl.where(aligned != 0, base + number, base + 2 * number + (number == 0).to(gl.int32))
