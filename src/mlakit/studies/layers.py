@@ -1,0 +1,298 @@
+"""The study `layers`: which implementation of the MLA layer is the fastest, and which takes least memory, where?
+
+Every implementation gets the same weights and inputs, and is compared with a float64 run before it is timed. What is
+printed as a finding or a recommendation is computed from what was measured (`layers_summary`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlakit.studies.layer_options import (
+    Options,
+    add_common_arguments,
+    add_implementations,
+    output_folder,
+    parse_common,
+    run_study,
+    whole_numbers,
+)
+from mlakit.studies.layers_report import Row, csv_text, groups, header, table, title_of
+from mlakit.studies.layers_summary import findings, markdown, recommendations
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlakit.studies.layer_steps import Layers, Step
+
+SCHEMA = "mlakit.layers/1"
+PHASES = ("prefill", "decode")
+GPU_SIZES = ((1, 8, 32), (256, 1024, 4096))
+CPU_SIZES = ((1, 4), (128, 256, 512))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's flags to a parser."""
+    batches, lengths = (" ".join(map(str, sizes)) for sizes in GPU_SIZES)
+    cpu_batches, cpu_lengths = (" ".join(map(str, sizes)) for sizes in CPU_SIZES)
+    add_implementations(parser)
+    parser.add_argument(
+        "--batch-sizes", nargs="+", metavar="B", help=f"requests (default: {batches}; on a CPU {cpu_batches})"
+    )
+    parser.add_argument(
+        "--seq-lengths",
+        nargs="+",
+        metavar="S",
+        help=f"tokens of a prefill, keys of a decode step (default: {lengths}; on a CPU {cpu_lengths})",
+    )
+    parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="default: %(default)s")
+    parser.add_argument("--no-check", action="store_true", help="time results without comparing them with float64")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="made if need be (default: mlakit-runs/layers-DATE-TIME)"
+    )
+    add_common_arguments(parser, many_shapes=True)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What to measure of each shape."""
+
+    batches: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    phases: tuple[str, ...]
+    check: bool
+
+
+def parse_sizes(args: argparse.Namespace, options: Options) -> Sizes:
+    """Check the sizes, and fill in the defaults of the device.
+
+    Raises:
+        ValueError: a size makes no sense.
+    """
+    batches, lengths = GPU_SIZES if options.is_cuda else CPU_SIZES
+    return Sizes(
+        batches=tuple(whole_numbers("--batch-sizes", args.batch_sizes or batches)),
+        seq_lens=tuple(whole_numbers("--seq-lengths", args.seq_lengths or lengths)),
+        phases=PHASES if args.phase == "both" else (args.phase,),
+        check=not args.no_check,
+    )
+
+
+def measure_size(
+    layers: Layers, options: Options, sizes: Sizes, batch: int, seq_len: int, begin: Callable[[str], None]
+) -> Iterator[Row]:
+    """Every implementation and phase at one size; whatever cannot be done is a row with the reason."""
+    import torch
+
+    from mlakit.studies.layer_steps import free_memory, reason_of
+
+    x = expected = None
+    failed = ""
+    picked = sorted({0, batch - 1})  # of all requests, those compared with float64
+    try:
+        with torch.no_grad():
+            x = layers.inputs(batch, seq_len)
+            expected = layers.reference(x[picked]) if sizes.check else None
+    except (RuntimeError, MemoryError, ValueError) as error:
+        failed = reason_of(error)
+        if x is not None:
+            failed += ", in the float64 run to compare with (--no-check does without)"
+    for phase in sizes.phases:
+        for implementation in options.implementations:
+            begin(f"{batch} x {seq_len} {phase}: {implementation}")
+            rows = [
+                Row(layers.shape, implementation, phase, mode, batch, seq_len, options.dtype, failed)
+                for mode in (("eager", "graph") if phase == "decode" and options.is_cuda else ("eager",))
+            ]
+            step: list[Step] = []
+            for row in rows:
+                if x is None or failed:
+                    continue
+                try:
+                    with torch.no_grad():
+                        _measure(row, layers, options, x, expected, picked, step)
+                except (RuntimeError, MemoryError, ValueError, NotImplementedError) as error:
+                    row.median, row.reason = None, reason_of(error)
+                free_memory()
+            yield from rows
+
+
+def _measure(
+    row: Row,
+    layers: Layers,
+    options: Options,
+    x: torch.Tensor,
+    expected: torch.Tensor | None,
+    picked: Sequence[int],
+    kept: list[Step],
+) -> None:
+    """Fill in a row. The cache of an eager decode step serves the one under a graph too, by `kept`."""
+    from mlakit.studies.layer_steps import Step, cache_bytes, measure_call, require_memory
+
+    graph = row.mode == "graph"
+    queries = row.seq_len if row.phase == "prefill" else 1
+    require_memory(layers.shape, layers.device, row.batch, queries, row.seq_len)
+    model = layers.model(row.implementation)
+    step = Step(layers, model, x, row.phase, table=graph, cache=kept[0].cache if kept else None)
+    kept.append(step)
+
+    def wrong(when: str) -> bool:
+        if expected is None:
+            return False
+        _compare(row, step, expected[:, -queries:], picked)
+        row.wrong = not (row.relative or 0.0) <= options.tolerance
+        if row.wrong:
+            row.reason = f"wrong result{when}: a token is off by {row.relative:.3g}, allowed {options.tolerance:g}"
+        return row.wrong
+
+    step()
+    if wrong(""):
+        return
+    measured = measure_call(step, options, cuda_graph=graph)
+    if wrong(", but only once replayed" if graph else ", but only after timing"):
+        return
+    timing = measured.timing
+    row.median, row.mean, row.std, row.min, row.max = timing.median, timing.mean, timing.std, timing.min, timing.max
+    row.ci95, row.samples, row.host = timing.ci95, len(timing.samples), None if graph else timing.host
+    row.temporary_mib, row.allocated_mib = measured.temporary_mib, measured.allocated_mib
+    row.cache_mib, row.weights_mib = cache_bytes(step.cache) / 2**20, layers.weight_bytes / 2**20
+
+
+def _compare(row: Row, step: Step, expected: torch.Tensor, picked: Sequence[int]) -> None:
+    from mlakit.studies.layer_steps import difference
+
+    if step.out is None:
+        raise RuntimeError("the layer has not been called")
+    found = difference(step.out[list(picked)], expected)
+    row.max_abs, row.relative, row.cosine = found.max_abs, found.relative, found.cosine
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the study; returns the exit code: 0, or 1 if a result was wrong or nothing could be timed.
+
+    Raises:
+        ValueError: bad input.
+    """
+    options = parse_common(args)
+    sizes = parse_sizes(args, options)
+    from mlakit.hardware import device_info
+    from mlakit.studies.cpu_threads import steady_threads
+    from mlakit.studies.layer_steps import Layers, free_memory, progress, stamp
+
+    folder = output_folder(args.output_dir, "layers", "--output-dir")
+    info = device_info(options.device)
+    notes = _notes(options, sizes, given=bool(args.model or args.batch_sizes or args.seq_lengths))
+    print(f"{info.name}: {'; '.join(shape.title for shape in options.shapes)}")
+    print("\n".join(notes), end="\n\n", flush=True)
+    with nullcontext() if options.is_cuda else steady_threads() as threads:
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            **stamp(options),
+            "options": {**asdict(options), "shapes": [shape.fields() for shape in options.shapes], **asdict(sizes)},
+            "cpu_threads": threads,
+            "complete": False,
+            "rows": [],
+        }
+        rows: list[Row] = []
+        jobs = len(options.shapes) * len(sizes.batches) * len(sizes.seq_lens) * len(sizes.phases)
+        print(header())
+        with progress(jobs * len(options.implementations)) as begin:
+            for shape in options.shapes:
+                layers = Layers(shape, options, sizes.batches[-1], sizes.seq_lens[-1])
+                for batch in sizes.batches:
+                    for seq_len in sizes.seq_lens:
+                        mine = list(measure_size(layers, options, sizes, batch, seq_len, begin))
+                        rows += mine
+                        for job in groups(mine):
+                            print("\n".join(table(job)), flush=True)
+                        save(folder, record, rows)
+                del layers
+                free_memory()
+    record["complete"] = True
+    saved = [*save(folder, record, rows), *_plots(folder, rows, info.name)]
+    report = folder / "summary.md"
+    report.write_text(markdown(rows, info.name, record, notes))
+    for title, lines in (("Findings", findings(rows)), ("Recommendations", recommendations(rows))):
+        print(f"\n{title}:")
+        print("\n".join(f"  - {line}" for line in lines) or "  none")
+    _say_saved([*saved, report])
+    return 1 if any(row.wrong for row in rows) or not any(row.median for row in rows) else 0
+
+
+def _say_saved(paths: Sequence[Path]) -> None:
+    import sys
+
+    print(f"saved: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _notes(options: Options, sizes: Sizes, *, given: bool) -> list[str]:
+    notes = []
+    if not options.is_cuda:
+        if not given:
+            batches, lengths = GPU_SIZES
+            notes.append(
+                f"On a CPU the defaults are small, for under a minute: {options.model!r} instead of a model's "
+                f"dimensions, batches of {sizes.batches[-1]} instead of {batches[-1]}, {sizes.seq_lens[-1]} tokens "
+                f"instead of {lengths[-1]}."
+            )
+        notes.append("On a CPU every implementation runs in PyTorch: its times say nothing of a GPU's.")
+    notes.append(
+        f"Weights in {options.dtype}, time: median with a cold cache; "
+        + ("speed-up and tokens/s count the host's time where that is longer; " if options.is_cuda else "")
+        + (
+            f"error: the worst token's, relative to float64 (at most {options.tolerance:g})."
+            if sizes.check
+            else "results were not checked (--no-check)."
+        )
+    )
+    return notes
+
+
+def save(folder: Path, record: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
+    """Write the record and the details as they are so far, each in one step."""
+    from mlakit.bench.results import write_atomically
+
+    record["rows"] = [row.as_json() for row in rows]
+    paths = [folder / "record.json", folder / "details.csv"]
+    write_atomically(paths[0], json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomically(paths[1], csv_text(rows))
+    return paths
+
+
+def _plots(folder: Path, rows: Sequence[Row], device: str) -> list[Path]:
+    from mlakit.studies.layer_plot import plot_panels
+
+    written = []
+    shapes = groups(rows, lambda row: row.shape)
+    values: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+        ("latency", "ms", lambda row: row.seconds and row.seconds * 1e3),
+        ("throughput", "tokens/s", lambda row: row.tokens_per_s),
+        ("memory", "MiB of cache and temporaries", lambda row: row.memory_mib),
+    )
+    for mine in shapes:
+        panels = [
+            [(f"{title_of(*key)}, batch {b[0].batch}", b) for b in groups(phase, lambda row: row.batch)]
+            for phase in groups(mine, lambda row: (row.phase, row.mode))
+            for key in [(phase[0].phase, phase[0].mode)]
+        ]
+        for name, unit, value in values:
+            path = folder / (f"{name}.png" if len(shapes) == 1 else f"{name}_{mine[0].shape.slug}.png")
+            title = f"MLA layer on {device}: {name}\n{mine[0].shape.title}, {mine[0].dtype}"
+            if plot_panels(panels, value, title=title, unit=unit, path=path):
+                written.append(path)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study with command-line arguments; returns the exit code (2 for bad input, with one line on stderr)."""
+    return run_study("layers", __doc__, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
