@@ -4,8 +4,8 @@
     python benchmarks/h200/rope.py results.json --tune     # and every launch configuration worth a try
 
 Queries of DeepSeek-V3 as the layer holds them: the last 64 columns of [T, 128, 192], turned in place or written to the
-last columns of [T, 128, 576]; and the shared key, [T, 1, 64] out of rows of 192. Angles are the parts of a complex table.
-Cold L2. TB/s counts what must be read and written.
+last columns of [T, 128, 576]; and the shared key, [T, 1, 64] out of rows of 192. Angles are the parts of a complex
+table. Cold L2. TB/s counts what must be read and written.
 """
 
 from collections.abc import Callable, Iterator
