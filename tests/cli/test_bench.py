@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from mlakit import __version__
+from mlakit.bench import runner
 from mlakit.bench.results import Record
 from mlakit.cli.main import main
 
@@ -198,6 +199,35 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
         assert word in lines[0]
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []  # and nothing was left behind
+
+
+# A driver that raises, one that kills the process, one that never answers; in every command that asks a device.
+@pytest.mark.parametrize(
+    ("import_torch", "words"),
+    [
+        ("raise RuntimeError('CUDA driver\\nfailed')", ["ended with exit code 1 while starting", "last words: failed"]),
+        ("import os; os.abort()", ["killed by SIGABRT"]),
+        ("import time; time.sleep(600)", ["no result within 1 s, while starting"]),
+    ],
+)
+def test_a_device_that_does_not_work_is_one_line_and_exit_code_3(import_torch, words, capsys, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text(import_torch)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    monkeypatch.setattr(runner, "_PROBE_TIMEOUT", 1.0 if "sleep" in import_torch else 60.0)
+    monkeypatch.chdir(tmp_path)
+    for command in (["bench", *ONE], ["limits"], ["env"], ["backends"]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--device", "cuda:0"])
+        assert end.value.code == 3
+        captured = capsys.readouterr()
+        lines = captured.err.strip().splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("mlakit: error: device cuda:0 does not work; ")
+        for word in words:
+            assert word in lines[0]
+        assert captured.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_config_with_an_unknown_key(mlakit, tmp_path):

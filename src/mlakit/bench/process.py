@@ -29,6 +29,10 @@ class WorkerTimeoutError(RuntimeError):
     """No answer within the limit; the process was killed."""
 
 
+class DeviceError(RuntimeError):
+    """The device could not be asked what it is: the process that tried died or did not answer."""
+
+
 class Worker:
     """One worker process. Not thread-safe; `close` (or `with`) ends it."""
 
@@ -82,7 +86,7 @@ class Worker:
                 event = self._events.get(timeout=max(deadline - time.monotonic(), 0))
             except queue.Empty:
                 self.close()
-                raise WorkerTimeoutError(f"no result within {timeout:g} s (--timeout), while {stage}") from None
+                raise WorkerTimeoutError(f"no result within {timeout:g} s, while {stage}") from None
             if event is None:
                 raise WorkerDiedError(self._last_words(stage))
             if event["event"] == "stage":

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlakit.backends import registry
 from mlakit.bench.config import BenchmarkConfig
-from mlakit.bench.process import Worker, WorkerDiedError, WorkerRefusedError, WorkerTimeoutError
+from mlakit.bench.process import DeviceError, Worker, WorkerDiedError, WorkerRefusedError, WorkerTimeoutError
 from mlakit.bench.results import BenchmarkResult, Record, Session
 
 # Starting Python, importing torch, opening a GPU and measuring its ceilings: slow on a busy machine, and no row's
@@ -46,13 +46,12 @@ def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], list
 
     Raises:
         ValueError: there is no such device.
-        RuntimeError: the device is there and does not work.
+        DeviceError: it does not work: the process died, or did not answer in five minutes.
     """
     listener = listener or Listener()
     wanted = {k: sorted(v) for k, v in dtypes.items()} if isinstance(dtypes, Mapping) else sorted(set(dtypes))
     request = {"command": "probe", "device": device, "dtypes": wanted}
-    with Worker() as worker:
-        answer = worker.request(request, timeout=_PROBE_TIMEOUT, on_stage=listener.stage)
+    answer = _ask(request, listener)
     return Device(answer["device"], answer["environment"], answer["ceilings"])
 
 
@@ -62,12 +61,19 @@ def list_backends(device: str) -> tuple[str, list[dict[str, Any]]]:
 
     Raises:
         ValueError: there is no such device.
+        DeviceError: it does not work, as for `probe`.
     """
-    with Worker() as worker:
-        found = worker.request(
-            {"command": "backends", "device": device, "names": registry.names()}, timeout=_PROBE_TIMEOUT
-        )
+    found = _ask({"command": "backends", "device": device, "names": registry.names()}, Listener())
     return found["device"], found["rows"]
+
+
+def _ask(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+    """The answer of a process of its own about a device."""
+    try:
+        with Worker() as worker:
+            return worker.request(request, timeout=_PROBE_TIMEOUT, on_stage=listener.stage)
+    except (WorkerDiedError, WorkerTimeoutError) as error:
+        raise DeviceError(f"device {request['device']} does not work; the process that tried it: {error}") from error
 
 
 @dataclass
@@ -125,7 +131,7 @@ class Run:
         try:
             answer = worker.request(request, timeout=config.timeout, on_stage=self.listener.stage)
         except WorkerTimeoutError as error:
-            return BenchmarkResult(config=config, status="timeout", error=str(error), started=started)
+            return BenchmarkResult(config=config, status="timeout", error=f"{error} (--timeout)", started=started)
         except WorkerDiedError as error:
             return BenchmarkResult(config=config, status="crashed", error=str(error), started=started)
         except WorkerRefusedError as error:
@@ -152,6 +158,7 @@ def run_mla_benchmark(backend: str, config: BenchmarkConfig, **overrides: Any) -
 
     Raises:
         ValueError: an override that cannot be meant, or no such device.
+        DeviceError: the device does not work.
     """
     fields = {k: v for k, v in overrides.items() if k in BenchmarkConfig.model_fields}
     parameters = {k: v for k, v in overrides.items() if k not in BenchmarkConfig.model_fields}

@@ -20,7 +20,8 @@ examples:
 
 Times are per layer. A result is compared with float64 before it is timed; a backend that is wrong, crashes, hangs
 or runs out of memory costs its own row.
-exit code: 0, or 1 if nothing succeeded, 2 for bad input, 130 if interrupted (go on with --resume)
+exit code: 0, or 1 if nothing succeeded, 2 for bad input, 3 if the device does not work, 130 if interrupted (go on
+with --resume)
 """
 
 

@@ -12,6 +12,7 @@ from mlakit.cli import backends, bench, configs, env, limits, study
 _SUBCOMMANDS = (bench, study, backends, configs, limits, env)
 
 BAD_INPUT = 2
+BROKEN_DEVICE = 3
 INTERRUPTED = 130
 
 
@@ -21,11 +22,11 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-def fail(message: str) -> NoReturn:
-    """End with a line on standard error and exit code 2."""
+def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
+    """End with a line on standard error and an exit code."""
     line = " ".join(message.split())
     print(f"mlakit: error: {line}", file=sys.stderr)
-    raise SystemExit(BAD_INPUT)
+    raise SystemExit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 fine, 1 nothing succeeded, 2 bad input, 130 interrupted."""
+    """Run the command; returns the exit code: 0 fine, 1 nothing succeeded, 2 bad input, 3 a device that does
+    not work, 130 interrupted.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -54,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except ValueError as error:
         fail(_message(error))
+    except RuntimeError as error:
+        from mlakit.bench.process import DeviceError  # here, as most commands end without
+
+        if not isinstance(error, DeviceError):
+            raise
+        fail(str(error), BROKEN_DEVICE)
     except KeyboardInterrupt:
         print("mlakit: interrupted", file=sys.stderr)
         return INTERRUPTED
