@@ -188,36 +188,23 @@ def gemm_configs(m: int) -> Iterator[GemmConfig]:
             yield GemmConfig(64, n, w, s, descriptors=True)
         yield GemmConfig(128, 64, 4, 5, descriptors=True)
         return
-    # DeepSeek's tile by pointers, two or three programs a multiprocessor; the same by TMA; the larger tile, whose
-    # products one program a multiprocessor must overlap with its own scaling.
+    # DeepSeek's tile by pointers, two or three programs a multiprocessor; the same by TMA; the larger tile.
     yield GemmConfig(64, 128, 4, 4)
     yield GemmConfig(64, 128, 8, 3)
     yield GemmConfig(64, 128, 8, 4)
     yield GemmConfig(128, 128, 8, 4)
-    yield GemmConfig(128, 128, 8, 4, deferred=True)
     yield GemmConfig(64, 128, 4, 3, descriptors=True)
     yield GemmConfig(64, 128, 4, 3, 16, descriptors=True)
     yield GemmConfig(64, 128, 4, 4, descriptors=True)
-    yield GemmConfig(64, 128, 4, 4, descriptors=True, deferred=True)
     yield GemmConfig(64, 128, 8, 3, descriptors=True)
-    yield GemmConfig(64, 128, 8, 4, descriptors=True, deferred=True)
     yield GemmConfig(128, 64, 4, 3, descriptors=True)
     yield GemmConfig(128, 128, 8, 4, descriptors=True)
     yield GemmConfig(128, 128, 8, 6, descriptors=True)
-    yield GemmConfig(128, 128, 8, 3, descriptors=True, max_registers=128)
-    yield GemmConfig(128, 128, 8, 4, descriptors=True, deferred=True)
-    yield GemmConfig(128, 128, 8, 6, descriptors=True, deferred=True)
-    yield GemmConfig(128, 128, 8, 4, 16, descriptors=True, deferred=True)
 
 
 def gemm_name(config: GemmConfig) -> str:
-    flags = (
-        ("tma", config.descriptors),
-        ("deferred", config.deferred),
-        (f"r{config.max_registers}", config.max_registers),
-    )
     tile = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} g{config.group_m}"
-    return " ".join([tile, *(name for name, on in flags if on)])
+    return f"{tile} tma" if config.descriptors else tile
 
 
 def gemm_peers(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor) -> Iterator[tuple[str, Call]]:

@@ -108,15 +108,14 @@ def test_fp8_gemm_against_float64(lead, n, k):
     assert_close(out, reference, fp8_gemm_reference(a, a_scales, b, b_scales, torch.float16))
 
 
-# Both ways of loading and both of scaling, on tiles that rows, columns and K do not fill.
-@pytest.mark.parametrize("deferred", [False, True])
+# Both ways of loading, on tiles that rows, columns and K do not fill.
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_fp8_gemm_by_every_kind_of_configuration(descriptors, deferred):
+def test_fp8_gemm_by_every_kind_of_configuration(descriptors):
     m, n, k = 37, 150, 272
     a, b = torch.randn(m, k).to(F8), torch.randn(n, k).to(F8)
     a_scales, b_scales = torch.rand(m, 3) + 0.5, (torch.rand(2, 3) * 4).exp2()
     out = torch.full((m, n), torch.nan, dtype=torch.float16)
-    config = GemmConfig(32, 64, 4, 3, group_m=1, descriptors=descriptors, deferred=deferred)
+    config = GemmConfig(32, 64, 4, 3, group_m=1, descriptors=descriptors)
     launch_fp8_gemm(a, a_scales, b, b_scales, out, config)
     reference = fp8_gemm_reference(a, a_scales, b, b_scales, torch.float64)
     assert_close(out, reference, fp8_gemm_reference(a, a_scales, b, b_scales, torch.float16))

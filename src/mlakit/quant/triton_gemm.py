@@ -21,9 +21,9 @@ class GemmConfig:
     """Tile, warps and pipeline depth. `group_m` row blocks share the columns they read from L2.
 
     `descriptors` loads tiles by TMA (compute capability 9.0 and up, and rows that are multiples of 16 bytes).
-    `deferred` scales a product while the tensor cores are at the next one. `max_registers` makes room for another
-    program on a multiprocessor. No default has either: with the best tile they were slower on an H200 (763 and 577
-    TFLOP/s, not 942).
+
+    Two ideas that lost with the best tile on an H200 (942 TFLOP/s): scaling a product while the tensor cores are at the
+    next one (763), and fewer registers, for another program on a multiprocessor (577).
     """
 
     block_m: int
@@ -32,8 +32,6 @@ class GemmConfig:
     num_stages: int
     group_m: int = 8
     descriptors: bool = False
-    deferred: bool = False
-    max_registers: int | None = None
 
 
 @triton.jit
@@ -52,7 +50,6 @@ def _fp8_gemm_kernel(
     EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # a_ptr and b_ptr are tensor descriptors
-    DEFERRED: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = 128  # the scales' block: one product, one scaling
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -78,8 +75,6 @@ def _fp8_gemm_kernel(
     b_scale_ptr = b_scales_ptr + (pid_n * BLOCK_N // BLOCK_K).to(tl.int64) * blocks_k
 
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    last = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    last_scale = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k in range(blocks_k):
         if DESCRIPTORS:
             a = a_ptr.load([pid_m * BLOCK_M, k * BLOCK_K])
@@ -97,19 +92,12 @@ def _fp8_gemm_kernel(
             product = tl.dot(a, b)
         else:
             product = tl.dot(e4m3_to_fp16(a), e4m3_to_fp16(b))
-        if DEFERRED:
-            total += last * last_scale[:, None]
-            last = product
-            last_scale = scale
-        else:
-            total += product * scale[:, None]
+        total += product * scale[:, None]
         if not DESCRIPTORS:
             a_ptrs += BLOCK_K
             b_ptrs += BLOCK_K
         a_scale_ptrs += 1
         b_scale_ptr += 1
-    if DEFERRED:
-        total += last * last_scale[:, None]
 
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     live = (offs_m[:, None] < M) & (offs_n[None, :] < N)
@@ -181,9 +169,8 @@ def launch_fp8_gemm(
         "EVEN_K": k % 128 == 0,
         "NATIVE": native,
         "DESCRIPTORS": config.descriptors,
-        "DEFERRED": config.deferred,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if not config.descriptors:
         _LAUNCHES.first(key, a.device, grid, (a, b, out, a_scales, b_scales), (m, n, k), constants, **options)
         return
