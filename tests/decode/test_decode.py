@@ -96,7 +96,7 @@ def test_refuses_wrong_inputs(make_batch: "MakeBatch", index: int, change: Any, 
         ({"out": torch.empty(2, 1, 3, 63, dtype=torch.float16)}, r"out must have shape \[2, 1, 3, 64\], got"),
         ({"out": torch.empty(2, 1, 3, 64)}, "out must be torch.float16, got torch.float32"),
         ({"out": torch.empty(2, 1, 64, 3, dtype=torch.float16).mT}, "out must have stride 1"),
-        ({"impl": "cuda"}, "unknown impl 'cuda'; expected one of reference, triton"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'; expected one of reference, triton, hopper"),
     ],
 )
 def test_refuses_wrong_options(make_batch: "MakeBatch", options: dict[str, Any], message: str) -> None:

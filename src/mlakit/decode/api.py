@@ -47,7 +47,7 @@ def mla_decode(
             of the rest of the batch. None balances the pieces over the GPU, from shapes alone.
         out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype, last dimension
             contiguous.
-        impl: "triton" or "reference"; None takes the fastest that can run.
+        impl: "hopper", "triton" or "reference"; None takes the fastest that can run.
 
     Returns:
         out [batch, q_len, num_heads, kv_lora_rank] in q's dtype and lse [batch, q_len, num_heads], natural log,
@@ -87,7 +87,7 @@ def _differentiable(
     if out is not None:
         raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
     reason = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
-    choose("mla_decode", impl, {"reference": None, "triton": reason})
+    choose("mla_decode", impl, {"reference": None, "triton": reason, "hopper": reason})
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
     return mla_decode_reference(

@@ -15,6 +15,7 @@ class HopperConfig:
 
     kernel: str = "many"
     prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
+    early: bool = True
     worker_registers: int = 240
     max_registers: int = 255
 

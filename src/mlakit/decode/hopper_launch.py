@@ -112,7 +112,7 @@ def _launch_hopper_decode(
         )  # fmt: skip
         constants = (
             causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)), chosen.prefetch,
-            chosen.worker_registers,
+            chosen.early, chosen.worker_registers,
         )  # fmt: skip
     else:
         kernel, plan, rest = known

@@ -86,7 +86,7 @@ def _attend(
     partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = k_desc.dtype
@@ -108,13 +108,16 @@ def _attend(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
         )
         if first < last:
+            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows from
+            # the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
+            own_tile = tile + (length < 0).to(gl.int32)
             valid = gl.minimum(length, capacity)
             last_tile = (valid - 1) // 64
             table = table_ptr + request.to(gl.int64) * stride_tb
             row_a = _tile_row(table, 2 * first, last_tile, PAGE, 64)
             row_b = _tile_row(table, 2 * first + 1, last_tile, PAGE, 64)
-            q_row = request * rows + tile * 64
-            live = gl.minimum(rows - tile * 64, 64)
+            q_row = request * rows + own_tile * 64
+            live = gl.minimum(rows - own_tile * 64, 64)
             yes = first < last
             if W == 0:
                 mbarrier.expect(full_q, 64 * 512 * 2)
@@ -129,8 +132,8 @@ def _attend(
             next_b = _tile_row(table, 2 * first + 3, last_tile, PAGE, 64)
             q_rope = _load_rope_of_queries(q_ptr, q_row, live, score)
             if CAUSAL:
-                sight = valid - q_len + 1 + (tile * 64 + local) // heads
-                shortest = valid - q_len + 1 + (tile * 64) // heads
+                sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
+                shortest = valid - q_len + 1 + (own_tile * 64) // heads
             else:
                 sight = gl.full([64], 0, gl.int32, of_row) + valid
                 shortest = valid
@@ -187,14 +190,20 @@ def _attend(
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
-                    own = gl.convert_layout(p.to(DTYPE), operand)
+                    rounded = p.to(DTYPE)
+                    if EARLY:
+                        weights.index(0).store(rounded)
+                        fence_async_shared()
+                        mbarrier.arrive(told_p.index(0), count=1)
+                    own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_al, o, is_async=True)
                     mbarrier.wait(told_s, phase)
                     m = maxima.index(1).load(of_row)
                     later = factors.index(1).load(of_row)
-                    weights.index(0).store((p * later[:, None]).to(DTYPE))
-                    fence_async_shared()
-                    mbarrier.arrive(told_p.index(0), count=1)
+                    if not EARLY:
+                        weights.index(0).store((p * later[:, None]).to(DTYPE))
+                        fence_async_shared()
+                        mbarrier.arrive(told_p.index(0), count=1)
                     l = l * later
                     o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
@@ -205,6 +214,43 @@ def _attend(
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
                     _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more)
+                elif EARLY:
+                    s = gl.zeros([64, 64], gl.float32, score)
+                    mbarrier.wait(full.index(3), phase)
+                    s = warpgroup_mma(queries.index(z + 1), k_br.permute((1, 0)), s, use_acc=False, is_async=True)
+                    s = warpgroup_mma(q_rope, ropes.index(z + 1).permute((1, 0)), s, is_async=True)
+                    mbarrier.wait(full.index(2), phase)
+                    s = warpgroup_mma(queries.index(z), k_bl.permute((1, 0)), s, is_async=True)
+                    mbarrier.wait(told_m, phase)
+                    m = maxima.index(0).load(of_row)
+                    earlier = factors.index(0).load(of_row)
+                    o = o * gl.convert_layout(earlier, of_out_row)[:, None]
+                    mbarrier.wait(told_p.index(0), phase)
+                    o = warpgroup_mma(weights.index(0), k_ar, o, is_async=True)
+                    s = warpgroup_mma_wait(1, [s])
+                    if at + 128 > shortest:
+                        s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
+                    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+                    shift = _finite(m_new, CAUSAL)
+                    factor = gl.exp2(m - shift)
+                    maxima.index(1).store(m_new)
+                    factors.index(1).store(factor)
+                    mbarrier.arrive(told_s, count=1)
+                    p = gl.exp2(s * scale_log2 - shift[:, None])
+                    rounded = p.to(DTYPE)
+                    weights.index(1).store(rounded)
+                    fence_async_shared()
+                    mbarrier.arrive(told_p.index(1), count=1)
+                    l = l * (factor * earlier) + gl.sum(p, 1)
+                    o = warpgroup_mma_wait(0, [o])
+                    _barrier()
+                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more)
+                    o = o * gl.convert_layout(factor, of_out_row)[:, None]
+                    own = gl.convert_layout(rounded, operand)
+                    o = warpgroup_mma(own, k_br, o, is_async=True)
+                    o, own = warpgroup_mma_wait(0, [o, own])
+                    _barrier()
+                    _fill_half_and_rope(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more)
                 else:
                     s = _scores(
                         queries.index(z + 1), queries.index(z), q_rope, k_br, k_bl, ropes.index(z + 1),
@@ -256,36 +302,39 @@ def _attend(
             out_row = gl.arange(0, 64, of_out_row)
             out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, output))
             if count > 1:
-                place = _partial_at(base, number, aligned) * row_tiles + tile
+                place = _partial_at(base, number, aligned) * row_tiles + own_tile
                 part = partial_ptr + place.to(gl.int64) * (64 * 512)
                 gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o)
                 if W == 0:
                     gl.store(partial_lse_ptr + place * 64 + local, gl.where(l == 0.0, -float("inf"), m + gl.log2(l)))
-                _arrive(counter_ptr + request * row_tiles + tile)
+                _arrive(counter_ptr + request * row_tiles + own_tile)
             else:
-                row = tile * 64 + out_row
+                row = own_tile * 64 + out_row
                 at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
                 result = out_ptr + request.to(gl.int64) * stride_ob
                 gl.store(result + at_row[:, None] + out_col[None, :], o.to(DTYPE), mask=(row < rows)[:, None])
                 if W == 0:
                     natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
                     natural = gl.where(length > capacity, float("nan"), natural)
-                    row = tile * 64 + local
+                    row = own_tile * 64 + local
                     gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
         before += steps
 
     # Requests without keys: nobody's pieces.
     if W == 1:
         for request in range(slot, batch, slots):
-            if gl.load(seq_lens_ptr + request) <= 0:
+            length = gl.load(seq_lens_ptr + request)
+            if gl.minimum(length, capacity) <= 0:
                 plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
                 row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
                 col = gl.arange(0, 512, gl.SliceLayout(0, plain))
                 at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
                 result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + col[None, :]
-                gl.store(result, gl.zeros([64, 512], DTYPE, plain), mask=(row < rows)[:, None])
+                nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
+                gl.store(result, gl.zeros([64, 512], DTYPE, plain) + nothing, mask=(row < rows)[:, None])
                 row = tile * 64 + local
-                nothing = gl.full([64], -float("inf"), gl.float32, of_row)
+                nothing = gl.where(length > capacity, float("nan"), -float("inf"))
+                nothing += gl.zeros([64], gl.float32, of_row)
                 gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
 
     # Pieces of a request are merged by the programs that computed them, each some rows.
@@ -295,7 +344,8 @@ def _attend(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
         )
         if (first < last) & (count > 1):
-            counter = counter_ptr + request * row_tiles + tile
+            own_tile = tile + (length < 0).to(gl.int32)
+            counter = counter_ptr + request * row_tiles + own_tile
             _await(counter, 2 * count)
             row_begin = number * 64 // count
             row_end = (number + 1) * 64 // count
@@ -304,17 +354,17 @@ def _attend(
             too_long = length > capacity
             if count == 2:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
                     row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16,
                 )  # fmt: skip
             elif count <= 16:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
                     row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4,
                 )  # fmt: skip
             else:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, row_tiles, row_begin,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
                     row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1,
                 )  # fmt: skip
             _leave(counter, 2 * count)
@@ -322,13 +372,13 @@ def _attend(
 
 
 @gluon.jit
-def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr):
-    _attend(0, *args, CAUSAL, PAGE, PREFETCH)
+def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr):
+    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY)
 
 
 @gluon.jit
-def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr):
-    _attend(1, *args, CAUSAL, PAGE, PREFETCH)
+def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr):
+    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -341,7 +391,7 @@ def _mla_decode_many_kernel(
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
     batch, q_len, heads, capacity, row_tiles, slots, splits, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr,
+    EARLY: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
@@ -380,5 +430,7 @@ def _mla_decode_many_kernel(
         queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_left, (args, CAUSAL, PAGE, PREFETCH)), (_right, (args, CAUSAL, PAGE, PREFETCH))], [4], [WORKER_REGISTERS]
+        [(_left, (args, CAUSAL, PAGE, PREFETCH, EARLY)), (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY))],
+        [4],
+        [WORKER_REGISTERS],
     )

@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import torch
 
+from mlakit.decode import hopper_config
 from mlakit.decode.reference import mla_decode_reference
 from mlakit.dispatch import choose
-from mlakit.hardware import capability
+from mlakit.hardware import capability, device_info
 
 _INPUTS = "Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens"
 _OPTIONS = "float softmax_scale, bool causal, int kv_lora_rank, int? num_splits, str? impl"
@@ -56,15 +57,31 @@ def decode_out(
 ) -> torch.Tensor:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
-    if choose("mla_decode", impl, _candidates(q, cache, kv_lora_rank)) == "reference":
+    chosen = choose("mla_decode", impl, _candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
+    if chosen == "reference":
         result, lse = mla_decode_reference(
             q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
         )
         out.copy_(result)
         return lse
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if chosen == "hopper":
+        from mlakit.decode.hopper_launch import _launch_hopper_decode
+
+        _launch_hopper_decode(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            num_splits=num_splits,
+        )
+        return lse
     from mlakit.decode.triton_launch import _launch_decode
 
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _launch_decode(
         q,
         cache,
@@ -80,12 +97,30 @@ def decode_out(
     return lse
 
 
-def _candidates(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> dict[str, str | None]:
-    triton = _environment_reason(str(q.device), os.environ.get("TRITON_INTERPRET", "0") == "1")
+def _candidates(
+    q: torch.Tensor, cache: torch.Tensor, softmax_scale: float, kv_lora_rank: int, num_splits: int | None
+) -> dict[str, str | None]:
+    device = str(q.device)
+    triton = _environment_reason(device, os.environ.get("TRITON_INTERPRET", "0") == "1")
     triton = triton or _input_reason(q, cache, kv_lora_rank)
+    hopper = _hopper_reason(device) or hopper_config.refusal(
+        q, cache, softmax_scale, kv_lora_rank, num_splits, device_info(device).units
+    )
     if q.device.type == "cpu":  # there Triton can only be interpreted, which is for tests
-        return {"reference": None, "triton": triton}
-    return {"triton": triton, "reference": None}
+        return {"reference": None, "triton": triton, "hopper": hopper}
+    return {"triton": triton, "hopper": hopper, "reference": None}
+
+
+@lru_cache
+def _hopper_reason(device: str) -> str | None:
+    """Why the Gluon kernels cannot run on a device at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu":
+        return "the tensors are on the CPU, and Gluon has no interpreter"
+    if (found := capability(device)) != (9, 0):
+        return f"needs an NVIDIA GPU of compute capability 9.0, found {found}"
+    return None
 
 
 @lru_cache
