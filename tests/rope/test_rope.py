@@ -119,7 +119,7 @@ def test_no_tokens():
         ({"sin": torch.zeros(4, 4)}, "sin must have shape [3, 4], got [4, 4]"),
         ({"sin": torch.zeros(3, 4).double()}, "sin must be torch.float32, got torch.float64"),
         ({"sin": torch.zeros(3, 4, device="meta")}, "sin must be on cpu"),
-        ({"cos": torch.zeros(3, 4).cfloat()}, "cos must be torch.bfloat16 or"),
+        ({"cos": torch.zeros(3, 4, dtype=torch.complex64)}, "cos must be torch.bfloat16 or"),
         ({"positions": torch.zeros(4, dtype=torch.int64)}, "positions must have shape [3], got [4]"),
         ({"positions": torch.zeros(3)}, "positions must be torch.int64 or torch.int32, got torch.float32"),
         ({"layout": "neox"}, "layout must be one of interleaved, half, got 'neox'"),

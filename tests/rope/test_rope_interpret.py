@@ -46,14 +46,12 @@ def test_positions_and_requests(case, heads_first, layout):
     batch, tokens, heads, dim = 2, 3, 5, 12
     x = torch.randn(batch, heads if heads_first else tokens + 1, tokens if heads_first else heads, dim)
     x = x.transpose(1, 2) if heads_first else x[:, :tokens]
-    table, positions = _table(tokens, dim // 2), None
-    if case != "shared":
-        table = _table(11, dim // 2)
-        positions = torch.randint(0, 11, (batch, 2 * tokens), dtype=torch.int32)[:, ::2]
+    table = _table(tokens if case == "shared" else 11, dim // 2)
+    own = torch.randint(0, 11, (batch, 2 * tokens), dtype=torch.int32)[:, ::2]
     if case == "flat":
-        x, positions = x[1], positions[1]
-    if case == "one_position":
-        positions = torch.tensor([7]).expand(batch, tokens)
+        x = x[1]
+    same = torch.tensor([7]).expand(batch, tokens)
+    positions = {"shared": None, "own": own, "flat": own[1], "one_position": same}[case]
     got = apply_rope(x, table.real, table.imag, positions=positions, layout=layout, impl="triton")
     _check(got, x, table, positions=positions, layout=layout)
 
