@@ -1,7 +1,5 @@
 """The decode kernels compiled for GPUs that are not here, by the real launcher: they build, fit, and spill nothing."""
 
-import re
-
 import pytest
 import torch
 
@@ -40,7 +38,7 @@ def compile_for(
 
 
 # Few, 32 and many heads; one request and more than there are multiprocessors; several new tokens; both dtypes; the
-# page of DeepSeek's kernels, and 16, where a tile gathers several pages.
+# page of DeepSeek's kernels, and 16 and 1, where a tile gathers several pages.
 @pytest.mark.parametrize(
     ("target", "batch", "q_len", "heads", "dtype", "page_size"),
     [
@@ -49,6 +47,7 @@ def compile_for(
         (90, 1, 1, 128, torch.bfloat16, 64),
         (90, 300, 1, 128, torch.float16, 16),
         (90, 4, 2, 64, torch.bfloat16, 64),
+        (90, 2, 1, 128, torch.bfloat16, 1),
         (80, 300, 1, 16, torch.bfloat16, 64),
         (80, 4, 2, 64, torch.bfloat16, 64),
         (100, 300, 1, 16, torch.bfloat16, 64),
@@ -61,25 +60,11 @@ def test_defaults_do_not_spill(
     kernels = compile_for(target, batch, q_len, heads, dtype, page_size)
     assert len(kernels) == 2
     for kernel in kernels:
-        if target == 90 and q_len * heads >= 64 and kernel is kernels[0]:
-            # 128 accumulators a thread: what ptxas prepares in front of all requests it may keep in memory between
-            # two of them, but nothing in the loop over keys.
-            assert kernel.spills <= 32, kernel.name
-            assert spills_of_the_key_loop(kernel.sass) == 0
-            assert "HGMMA" in kernel.sass  # Hopper's own instructions
-            assert "LDGSTS" in kernel.sass  # keys are copied asynchronously
-        else:
-            assert kernel.spills == 0, kernel.name
+        assert kernel.spills == 0, kernel.name
         assert kernel.shared_bytes <= shared_limit((target // 10, 0))
-
-
-def spills_of_the_key_loop(sass: str) -> int:
-    """Local loads and stores in the innermost loop that multiplies matrices."""
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(\S.*)", sass)]
-    last_product = max(at for at, text in code if "MMA" in text)
-    back = [(int(found[1], 16), at) for at, text in code if (found := re.search(r"BRA (0x[0-9a-f]+)", text))]
-    begin, end = min((b for b in back if b[0] < last_product < b[1]), key=lambda b: b[1] - b[0])
-    return sum(begin <= at <= end for at, text in code if re.search(r"\b(?:LDL|STL)\b", text))
+    if target == 90 and q_len * heads >= 64:
+        assert "HGMMA" in kernels[0].sass  # Hopper's own instructions
+        assert "LDGSTS" in kernels[0].sass  # keys are copied asynchronously
 
 
 def test_the_tiny_preset_compiles() -> None:

@@ -20,7 +20,7 @@ SMALL_GPU = DeviceInfo("cpu", 0, "interpreter", None, 12, 2**20, 2**30)
 
 # Lengths around a tile of 32 keys and a page, an empty request, one key; fewer keys than new tokens (rows that see
 # nothing). Pages below, at and above the tile. 3 heads and 17 rows leave rows of a tile of 16 idle and make a second
-# tile. Splits: balanced, none, more than tiles.
+# tile. Splits: balanced, none, more than tiles. One request, whose slots need no sums, and one that is empty.
 @pytest.mark.parametrize(
     ("lens", "q_len", "heads", "page_size", "num_splits"),
     [
@@ -29,6 +29,7 @@ SMALL_GPU = DeviceInfo("cpu", 0, "interpreter", None, 12, 2**20, 2**30)
         ([1, 0, 33], 1, 3, 16, 1),
         ([2, 0, 65, 31], 3, 7, 64, 5),
         ([200], 1, 17, 32, None),
+        ([0], 2, 3, 16, None),
     ],
 )
 def test_against_float64(

@@ -80,14 +80,21 @@ def _sight(
 
 
 @triton.jit
+def _zero_by(length):
+    """0, of which the compiler does not know that it is: lengths are not negative here.
+
+    What is computed from it is computed where it stands. Else the compiler works out each row's offsets once, in front
+    of all requests, and keeps them, and the 64-bit forms of the strides, in registers that the accumulator needs: 13 to
+    21 loads and stores of spilled registers (64 rows on sm_90). A multiple of 16, so that aligned addresses stay so.
+    """
+    return (length < 0).to(tl.int32) * 16
+
+
+@triton.jit
 def _attend(
     q_ptr,
     cache_ptr,
     table_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
     scale_log2,
     stride_qb,
     stride_qs,
@@ -95,16 +102,11 @@ def _attend(
     stride_cp,
     stride_ct,
     stride_tb,
-    stride_ob,
-    stride_os,
-    stride_oh,
     request,
     first_tile,
     end_tile,
     length,
-    partial,  # where to keep a partial result; -1 if this is all of the request and goes to the output
     tile,
-    row_tiles,
     q_len,
     heads,
     capacity,
@@ -112,17 +114,17 @@ def _attend(
     PAGE_SIZE: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile of query rows over some tiles of one request's keys."""
+    """One tile of query rows over some tiles of one request's keys: both halves of the weighted sum of values, each
+    row's sum of weights, and the score that they are relative to.
+    """
     SMALL: tl.constexpr = BLOCK_M < 64
     rows = q_len * heads
-    local = tl.arange(0, BLOCK_M)
-    row = tile * BLOCK_M + local
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     start, end, visible = _sight(
         first_tile, end_tile, length, capacity, tile, row, rows, q_len, heads, CAUSAL, BLOCK_M, BLOCK_N
     )
@@ -133,13 +135,13 @@ def _attend(
     r = RANK + tl.arange(0, ROPE)
     q_at = (
         q_ptr
-        + request.to(tl.int64) * stride_qb
+        + request.to(tl.int64) * (stride_qb + _zero_by(length))
         + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
     q_a = tl.load(q_at[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
     q_b = tl.load(q_at[:, None] + (HALF + c)[None, :], mask=(row < rows)[:, None], other=0.0)
     q_r = tl.load(q_at[:, None] + r[None, :], mask=(row < rows)[:, None], other=0.0)
-    table_ptr += request.to(tl.int64) * stride_tb
+    table_ptr += request.to(tl.int64) * (stride_tb + _zero_by(length))
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if SMALL:
         l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -176,8 +178,42 @@ def _attend(
             acc_b = tl.dot(p.to(k_b.dtype), k_b, acc_b * alpha[:, None])
     if SMALL:
         l = tl.sum(l, 1)
+    return acc_a, acc_b, l, m
 
+
+@triton.jit
+def _write(
+    acc_a,
+    acc_b,
+    l,
+    m,
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    request,
+    length,
+    partial,  # where to keep a partial result; -1 if this is all of the request and goes to the output
+    tile,
+    row_tiles,
+    q_len,
+    heads,
+    capacity,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Store what `_attend` found."""
+    HALF: tl.constexpr = RANK // 2
     LN2: tl.constexpr = 0.6931471805599453
+    zero = _zero_by(length)
+    rows = q_len * heads
+    local = tl.arange(0, BLOCK_M) + zero
+    row = tile * BLOCK_M + local
+    c = tl.arange(0, HALF) + zero * HALF
     # A table too short for its request cannot be refused without a host sync; NaN is louder than attention over a part.
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
     inverse = tl.where(length > capacity, float("nan"), inverse)
@@ -196,7 +232,7 @@ def _attend(
         tl.store(partial_lse_ptr + at, lse, mask=row < rows)
     else:
         at = (
-            request.to(tl.int64) * stride_ob
+            request.to(tl.int64) * (stride_ob + zero)
             + (row // heads).to(tl.int64) * stride_os
             + (row % heads).to(tl.int64) * stride_oh
         )
@@ -248,32 +284,42 @@ def _mla_decode_kernel(
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    tile = tl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
-    slot = tl.program_id(0) // row_tiles
+    if DEPENDENT == 2:
+        gdc_launch_dependents()
+    program = tl.program_id(0)  # the tiles of one slot run side by side and share its keys in L2
     if BALANCED:
         first, final, begin, end = _range_of_slot(
-            seq_lens_ptr, slot, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES
+            seq_lens_ptr, program // row_tiles, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES
         )
-        for i in tl.range(first, final + 1, num_stages=1):
-            request = slot * 0 + i  # a tensor, also to the interpreter
+        request = first
+        end = tl.where(first <= final, end, 0)
+        while end > 0:  # not a count of requests: two registers more
             length = tl.load(seq_lens_ptr + request)
             tiles = _tiles_of(length, capacity, BLOCK_N)
             first_tile = tl.maximum(begin, 0)
             end_tile = tl.minimum(end, tiles)
             if first_tile < end_tile:
-                # Adds 0: a length is not negative here, which the compiler does not know. Else it computes each row's
-                # offsets once, in front of all requests, and keeps them in registers that the accumulator needs.
-                own_tile = tile + (length < 0).to(tl.int32)
-                partial = tl.where(end_tile - first_tile == tiles, -1, _partial_index(slot, first_tile == 0))
-                _attend(
-                    q_ptr, cache_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                    stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb, stride_ob, stride_os, stride_oh,
-                    request, first_tile, end_tile, length, partial, own_tile, row_tiles, q_len, heads, capacity,
-                    CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES, WIDE,
+                acc_a, acc_b, l, m = _attend(
+                    q_ptr, cache_ptr, table_ptr, scale_log2,
+                    stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb,
+                    request, first_tile, end_tile, length, (program + _zero_by(length)) % row_tiles, q_len, heads,
+                    capacity, CAUSAL, PAGE_SIZE, RANK, ROPE, BLOCK_M, BLOCK_N, STAGES, WIDE,
+                )  # fmt: skip
+                # Loaded again, and everything that follows from it worked out again: nothing waits in a register.
+                length = tl.load(seq_lens_ptr + request, volatile=True)
+                tiles = _tiles_of(length, capacity, BLOCK_N)
+                taken = tl.minimum(end, tiles) - tl.maximum(begin, 0)
+                own = program + _zero_by(length)
+                partial = tl.where(taken == tiles, -1, _partial_index(own // row_tiles, begin <= 0))
+                _write(
+                    acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, stride_ob, stride_os, stride_oh,
+                    request, length, partial, own % row_tiles, row_tiles, q_len, heads, capacity, RANK, SPLIT, BLOCK_M,
                 )  # fmt: skip
             begin -= tiles
             end -= tiles
+            request += 1
     else:
+        slot = program // row_tiles
         request = slot // splits
         piece = slot % splits
         length = tl.load(seq_lens_ptr + request)
@@ -281,11 +327,15 @@ def _mla_decode_kernel(
         if piece < count:
             first_tile, end_tile = _even_bounds(piece, count, length, capacity, BLOCK_N)
             partial = tl.where(count == 1, -1, slot)
-            _attend(
-                q_ptr, cache_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb, stride_ob, stride_os, stride_oh,
-                request, first_tile, end_tile, length, partial, tile, row_tiles, q_len, heads, capacity,
-                CAUSAL, PAGE_SIZE, RANK, ROPE, SPLIT, BLOCK_M, BLOCK_N, STAGES, WIDE,
+            acc_a, acc_b, l, m = _attend(
+                q_ptr, cache_ptr, table_ptr, scale_log2,
+                stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb,
+                request, first_tile, end_tile, length, program % row_tiles, q_len, heads,
+                capacity, CAUSAL, PAGE_SIZE, RANK, ROPE, BLOCK_M, BLOCK_N, STAGES, WIDE,
             )  # fmt: skip
-    if DEPENDENT:
+            _write(
+                acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, stride_ob, stride_os, stride_oh,
+                request, length, partial, program % row_tiles, row_tiles, q_len, heads, capacity, RANK, SPLIT, BLOCK_M,
+            )  # fmt: skip
+    if DEPENDENT == 1:
         gdc_launch_dependents()

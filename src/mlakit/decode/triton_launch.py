@@ -162,7 +162,7 @@ def _plan_call(
         # At least as many as make sums over the batch meet in shared memory: only then does ptxas see that the bounds
         # of loops are the same for all threads, and keeps wgmma's descriptors out of vector registers (1279
         # instructions a key tile instead of 869, and spills, where a warp summed 16 requests by itself).
-        "BLOCK_B": max(128, triton.next_power_of_2(batch)) if balanced else 128,
+        "BLOCK_B": (1 if batch == 1 else max(128, triton.next_power_of_2(batch))) if balanced else 128,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "MIN_TILES": min_tiles,

@@ -77,20 +77,36 @@ def _all_tiles(
 
 
 @triton.jit
+def _tiles_of_one(seq_lens_ptr, slots, capacity, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr):
+    """The tiles of a batch of one request, and the tiles a slot takes: numbers, with no sums over threads."""
+    tiles = _tiles_of(tl.load(seq_lens_ptr), capacity, BLOCK_N)
+    return tiles, tl.maximum(tl.cdiv(tiles, slots), MIN_TILES)
+
+
+@triton.jit
 def _range_of_slot(
     seq_lens_ptr, slot, batch, slots, capacity, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr
 ):
     """First and last request of an evenly shared slot (last < first if it is idle), and where the slot begins and ends,
     in tiles from the start of the first.
     """
-    requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
-    begin = slot * share
-    end = tl.minimum(begin + share, tl.sum(tiles, 0))
-    ends = tl.cumsum(tiles, 0)
-    first = tl.sum((ends <= begin).to(tl.int32), 0)
-    last = tl.where(begin < end, tl.sum((ends < end).to(tl.int32), 0), -1)
-    before = tl.sum(tl.where(requests < first, tiles, 0), 0)
-    return first, last, begin - before, end - before
+    if BLOCK_B == 1:
+        tiles, share = _tiles_of_one(seq_lens_ptr, slots, capacity, BLOCK_N, MIN_TILES)
+        begin = slot * share
+        end = tl.minimum(begin + share, tiles)
+        first = slot * 0
+        last = tl.where(begin < end, 0, -1)
+    else:
+        requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
+        begin = slot * share
+        end = tl.minimum(begin + share, tl.sum(tiles, 0))
+        ends = tl.cumsum(tiles, 0)
+        first = tl.sum((ends <= begin).to(tl.int32), 0)
+        last = tl.where(begin < end, tl.sum((ends < end).to(tl.int32), 0), -1)
+        before = tl.sum(tl.where(requests < first, tiles, 0), 0)
+        begin -= before
+        end -= before
+    return first, last, begin, end
 
 
 @triton.jit
@@ -128,7 +144,11 @@ def _pieces_of_request(
     """First slot and number of pieces of a request: the combine kernel's side. One piece needs no combining; none is an
     empty request.
     """
-    if BALANCED:
+    if BALANCED and BLOCK_B == 1:
+        own, share = _tiles_of_one(seq_lens_ptr, slots, capacity, BLOCK_N, MIN_TILES)
+        first = request * 0
+        count = tl.where(own > 0, (own - 1) // share + 1, 0)
+    elif BALANCED:
         requests, tiles, share = _all_tiles(seq_lens_ptr, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES)
         before = tl.sum(tl.where(requests < request, tiles, 0), 0)
         own = tl.sum(tl.where(requests == request, tiles, 0), 0)
