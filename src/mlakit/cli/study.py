@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlakit.studies import k_concat
+from mlakit.studies import correctness, fast_path, k_concat, layers
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,3 +22,29 @@ def add_parser(subparsers: Any) -> None:
     )
     k_concat.add_arguments(concat)
     concat.set_defaults(run=k_concat.run)
+    layer = studies.add_parser(
+        "layers",
+        help="naive, absorb, naive+flash and fused: latency, throughput and memory of the layer",
+        description="Time the implementations of the MLA layer, each checked against float64 first, and say which to "
+        "use where.",
+        allow_abbrev=False,
+    )
+    layers.add_arguments(layer)
+    layer.set_defaults(run=layers.run)
+    agreement = studies.add_parser(
+        "correctness",
+        help="do the implementations of the layer agree, with each other and with float64?",
+        description="Compare the implementations of the MLA layer with each other and with float64, in prefill and "
+        "decode.",
+        allow_abbrev=False,
+    )
+    correctness.add_arguments(agreement)
+    agreement.set_defaults(run=correctness.run)
+    short = studies.add_parser(
+        "fast-path",
+        help="what the layer's path for short sequences gains",
+        description="Time the layer's standard path, its short path and the fused layer on short sequences.",
+        allow_abbrev=False,
+    )
+    fast_path.add_arguments(short)
+    short.set_defaults(run=fast_path.run)

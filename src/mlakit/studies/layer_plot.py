@@ -1,6 +1,7 @@
 """Lines by sequence length and implementation, as the studies of the layer plot them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ STYLES = {
 }
 
 
-def plot_panels(
-    panels: Sequence[Sequence[tuple[str, Sequence[Any]]]],
-    value: Callable[[Any], float | None],
-    *,
-    title: str,
-    unit: str,
-    path: Path,
-) -> bool:
-    """Write a PNG: a row of panels for each list of (title, rows), `value` of the rows' `implementation` by `seq_len`.
+@dataclass(frozen=True)
+class Panel:
+    """One plot: `value` of the rows' `implementation` by `seq_len`."""
+
+    title: str
+    rows: Sequence[Any]
+    value: Callable[[Any], float | None]
+    unit: str
+
+
+def plot_panels(panels: Sequence[Sequence[Panel]], title: str, path: Path) -> bool:
+    """Write a PNG with a line of panels for each list of them.
 
     Returns:
         False, and no file, if no row has a value.
@@ -30,7 +34,7 @@ def plot_panels(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not any(value(row) for line in panels for _, rows in line for row in rows):
+    if not any(panel.value(row) for line in panels for panel in line for row in panel.rows):
         return False
     across = max(len(line) for line in panels)
     figure = Figure(figsize=(1 + 3.6 * across, 1.2 + 2.9 * len(panels)), layout="constrained")
@@ -38,14 +42,15 @@ def plot_panels(
     axes = figure.subplots(len(panels), across, squeeze=False)
     handles: dict[str, Any] = {}
     for line, row_of_axes in zip(panels, axes, strict=True):
-        for axis, (name, rows) in zip(row_of_axes, line, strict=False):
+        for axis, panel in zip(row_of_axes, line, strict=False):
+            rows, value = panel.rows, panel.value
             for implementation, (colour, marker) in STYLES.items():
                 drawn = sorted((r.seq_len, v) for r in rows if r.implementation == implementation and (v := value(r)))
                 if drawn:
                     x, y = zip(*drawn, strict=True)
                     style = {"color": colour, "marker": marker, "markersize": 4}
                     (handles[implementation],) = axis.plot(x, y, label=implementation, **style)
-            axis.set_title(name, fontsize=9)
+            axis.set_title(panel.title, fontsize=9)
             tokens = sorted({row.seq_len for row in rows})
             axis.set_xscale("log", base=2)
             axis.set_xticks(tokens, [str(n) for n in tokens])
@@ -54,7 +59,7 @@ def plot_panels(
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("tokens", fontsize=8)
-            axis.set_ylabel(unit, fontsize=8)
+            axis.set_ylabel(panel.unit, fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
         for axis in row_of_axes[len(line) :]:

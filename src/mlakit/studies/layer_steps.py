@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mlakit.bench.measure import first_line, is_out_of_memory
 from mlakit.bench.memory import available_bytes, measure_peak
 from mlakit.bench.timing import Timing, time_calls
 from mlakit.nn import Args, get_mla
-from mlakit.studies.layer_options import Options, Shape
+from mlakit.studies.layer_options import WORST_TOKEN, Options, Shape
 
 _GIB = 2**30
 _MIB = 2**20
@@ -26,20 +26,30 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two outputs [..., dim] are apart; NaN and infinity anywhere make `relative` infinite.
+    """How far two outputs [..., dim] are apart; NaN and infinity anywhere make everything infinite.
 
     Attributes:
         max_abs: largest absolute difference.
         mean_abs: mean absolute difference.
-        relative: the worst token's |a - b| / |b| (Euclidean norms over dim): unlike a norm over everything it sees one
-            wrong token among thousands, and unlike an absolute difference it does not depend on the outputs' size.
+        relative: |a - b| / |b|, Euclidean norms over everything: unlike an absolute difference it does not depend on
+            the outputs' size.
+        worst_token: the largest |a - b| / |b| of a token: one wrong token among thousands shows in no norm over all.
         cosine: similarity of the two as one vector.
     """
 
     max_abs: float
     mean_abs: float
     relative: float
+    worst_token: float
     cosine: float
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether the two are the same up to rounding."""
+        return self.relative <= tolerance and self.worst_token <= WORST_TOKEN * tolerance
+
+    def as_json(self) -> dict[str, float | None]:
+        """Plain values; what is not finite, which JSON does not have, as None."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
@@ -50,20 +60,20 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
     """
     if actual.shape != expected.shape:
         raise ValueError(f"outputs must have one shape, got {tuple(actual.shape)} and {tuple(expected.shape)}")
-    largest = total = relative = dot = aa = bb = 0.0
-    finite = True
+    largest = total = squares = worst = dot = aa = bb = 0.0
     for mine, other in zip(actual, expected, strict=True):
         a, b = mine.double(), other.double()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            return Difference(math.inf, math.inf, math.inf, math.inf, 0.0)
         error = (a - b).abs()
-        finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
-        largest, total = max(largest, float(error.max())), total + float(error.sum())
         norms = b.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        relative = max(relative, float((error.norm(dim=-1) / norms).max()))
+        largest, total = max(largest, float(error.max())), total + float(error.sum())
+        worst = max(worst, float((error.norm(dim=-1) / norms).max()))
+        squares += float(error.square().sum())
         dot, aa, bb = dot + float((a * b).sum()), aa + float(a.square().sum()), bb + float(b.square().sum())
-    if not finite:
-        return Difference(math.inf, math.inf, math.inf, 0.0)
+    relative = math.sqrt(squares / bb) if bb else math.inf if squares else 0.0
     cosine = dot / math.sqrt(aa * bb) if aa and bb else float(aa == bb)
-    return Difference(largest, total / max(actual.numel(), 1), relative, cosine)
+    return Difference(largest, total / max(actual.numel(), 1), relative, worst, cosine)
 
 
 class Layers:
@@ -131,9 +141,9 @@ class Layers:
         model = self._first if self._first is not None else self.model("naive", cache_dtype="bf16")
         return sum(p.numel() * p.element_size() for p in model.parameters())
 
-    def reference(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer should give for causal hidden states [batch, seq_len, dim]: naive in float64, in chunks that
-        its scores fit.
+    def reference(self, x: torch.Tensor, *, causal: bool = True) -> torch.Tensor:
+        """What the layer should give for hidden states [batch, seq_len, dim]: naive in float64, by the standard path,
+        and if causal in chunks, whose scores fit where those of all do not.
         """
         key = ("float64", ())
         if key not in self._built:
@@ -142,6 +152,8 @@ class Layers:
             self._built[key] = self._build(args, share=False).double()
         model, end = self._built[key], x.shape[1]
         cache = model.make_cache(x.shape[0], end, torch.float64)
+        if not causal:
+            return model(x.double(), 0, self.freqs()[:end], None, cache)
         parts = []
         for start, stop in self._chunks(x.shape[0], end, 4 * _BYTES_A_SCORE):
             mask = torch.full((stop - start, stop), -math.inf, dtype=torch.float64, device=self.device).triu_(start + 1)
@@ -164,7 +176,7 @@ class Layers:
 class Step:
     """A prefill of `seq_len` tokens, or a decode step whose token is the last of `seq_len` keys: ready to be called.
 
-    The output of the last call stays in `out`. With `table` a decode step gets its position as a tensor, and the whole
+    With `table` a decode step gets its position as a tensor, and the whole
     rope table, as under a CUDA graph. A `cache` that is given holds the earlier tokens already.
     """
 
@@ -173,7 +185,7 @@ class Step:
     ) -> None:
         batch, seq_len = x.shape[:2]
         self.cache = model.make_cache(batch, seq_len) if cache is None else cache
-        self.out: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
         self._model = model
         freqs = layers.freqs()
         self._inputs: tuple[Any, ...]
@@ -191,8 +203,13 @@ class Step:
 
     def __call__(self) -> torch.Tensor:
         """Run it."""
-        self.out = self._model(*self._inputs)
-        return self.out
+        self._out = self._model(*self._inputs)
+        return self._out
+
+    def last(self) -> torch.Tensor:
+        """The output of the last call, or of the last replay of the graph that captured it."""
+        assert self._out is not None
+        return self._out
 
 
 def cache_bytes(cache: Any) -> int:

@@ -19,7 +19,7 @@ class Row:
 
     `mode` is "eager", or "graph" where the step was replayed from a CUDA graph. `median` and `ci95` are of the time on
     the device; `host` is what the calling thread spends in an eager call. `temporary_mib` is the peak on top of
-    weights, inputs and cache; `relative` the worst token's relative difference from float64 (None: not checked).
+    weights, inputs and cache; `relative` and `worst_token` are differences from float64 (None: not checked).
     """
 
     shape: Shape
@@ -43,7 +43,9 @@ class Row:
     cache_mib: float | None = None
     weights_mib: float | None = None
     max_abs: float | None = None
+    mean_abs: float | None = None
     relative: float | None = None
+    worst_token: float | None = None
     cosine: float | None = None
     wrong: bool = False
 
