@@ -40,7 +40,7 @@ def _keep(
     assert isinstance(step.cache, LatentCache)
     step.cache.write(step.start, latent, k_pe, scale_fmt)
     wants_grad = latent.requires_grad or k_pe.requires_grad
-    if step.begins and (wants_grad or not step.cache.is_fp8):
+    if step.begins:
         return latent, k_pe
     if wants_grad and isinstance(step.start, int):
         rows = step.cache.read(step.bsz, step.start).clone()

@@ -7,11 +7,12 @@ import torch
 from mlakit.cache import append_latent
 from mlakit.decode import mla_decode
 from mlakit.merge import merge_states
-from mlakit.nn.caches import LatentCache
-from mlakit.nn.flash import refuse_mask
+from mlakit.nn.caches import LatentCache, join_key
+from mlakit.nn.flash import batched_attention, has_kernel, refuse_mask
 from mlakit.nn.project import rotate_query, wants_grad
 from mlakit.nn.step import Step
 from mlakit.prefill import mla_prefill
+from mlakit.sparse import mla_sparse_decode
 
 if TYPE_CHECKING:
     from mlakit.nn.mla import MultiheadLatentAttention
@@ -80,18 +81,38 @@ def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step
     _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
     step.rotate(q_pe, out=absorbed[..., rank:])
 
-    out, _ = mla_decode(
-        absorbed,
-        cache.pages,
-        cache.block_table[: step.bsz],
-        step.seq_lens(q.device),
-        softmax_scale=layer.softmax_scale,
-        causal=step.causal,
-        kv_lora_rank=rank,
-    )
+    if cache.is_fp8:
+        out = _attend_to_fp8_cache(absorbed, cache, step, layer.softmax_scale)
+    else:
+        out, _ = mla_decode(
+            absorbed,
+            cache.pages,
+            cache.block_table[: step.bsz],
+            step.seq_lens(q.device),
+            softmax_scale=layer.softmax_scale,
+            causal=step.causal,
+            kv_lora_rank=rank,
+        )
     result = q.new_empty(tokens, heads, args.v_head_dim)
     _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
     return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
+
+
+def _attend_to_fp8_cache(q: torch.Tensor, cache: LatentCache, step: Step, scale: float) -> torch.Tensor:
+    """Sparse attention that is told to look at every token, as its kernel is the one that reads the float8 cache."""
+    slots = cache.all_slots(step.bsz, step.end)
+    limits = step.seq_lens(q.device)[:, None].expand(-1, step.seqlen)
+    if step.causal:
+        limits = limits - torch.arange(step.seqlen - 1, -1, -1, device=q.device, dtype=torch.int32)
+    out, _ = mla_sparse_decode(
+        q,
+        cache.pages,
+        slots[:, None].expand(-1, step.seqlen, -1),
+        softmax_scale=scale,
+        kv_lora_rank=cache.kv_lora_rank,
+        topk_length=limits.contiguous(),
+    )
+    return out
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -110,7 +131,13 @@ def _attend_in_mha_mode(
     latent, k_pe = kv.split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
     k_pe = step.rotate(k_pe.unsqueeze(2)).flatten(0, 1)
     q = rotate_query(layer, q, step).flatten(0, 1)
-    out, lse = _attend_to(layer, q, layer.kv_norm(latent).flatten(0, 1), k_pe, step, step.seqlen, step.causal)
+    latent = layer.kv_norm(latent)
+    if step.begins and not has_kernel(q):  # plain PyTorch has no use for ragged requests
+        k_nope, v = layer.expand(latent)
+        k = join_key(k_nope, k_pe.unflatten(0, (step.bsz, step.seqlen)))
+        q = q.unflatten(0, (step.bsz, step.seqlen))
+        return batched_attention(q, k, v, layer.softmax_scale, causal=step.causal)
+    out, lse = _attend_to(layer, q, latent.flatten(0, 1), k_pe, step, step.seqlen, step.causal)
     assert isinstance(step.start, int)
     if step.start:
         cache = step.cache
