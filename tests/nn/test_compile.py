@@ -25,8 +25,8 @@ def test_compiled_equals_eager(impl):
     for begin, end, mask in steps:
         given = (x[:, begin:end], begin, freqs[begin:end], mask)
         torch.testing.assert_close(compiled(*given), eager(*given), rtol=1e-4, atol=1e-5)
-    given = (x[:, 26:], torch.tensor([26, 26]), freqs, "causal")
-    torch.testing.assert_close(compiled(*given), eager(*given), rtol=1e-4, atol=1e-5)
+    last = (x[:, 26:], torch.tensor([26, 26]), freqs, "causal")
+    torch.testing.assert_close(compiled(*last), eager(*last), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ATTN_IMPLS)
