@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 
 RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
-TILE_ROWS = 64  # query rows a program of the kernel for many heads
-STEP = 128  # keys a step: work is divided in whole ones
 
 
 @dataclass(frozen=True)
@@ -14,6 +12,9 @@ class HopperConfig:
     """How a decode kernel is launched."""
 
     kernel: str = "many"
+    tile_rows: int = 64  # query rows a program
+    step: int = 128  # keys a step: work is divided in whole ones
+    resident: int = 1  # programs a multiprocessor
     prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
     early: bool = True
     worker_registers: int = 240
@@ -35,12 +36,15 @@ class HopperPlan:
         return self.slots * self.row_tiles
 
 
-def plan_slots(*, batch: int, rows: int, capacity: int, units: int, num_splits: int | None) -> HopperPlan:
+def plan_slots(
+    *, batch: int, rows: int, capacity: int, units: int, num_splits: int | None, config: HopperConfig
+) -> HopperPlan:
     """Choose the number of slots from what the host knows: programs of one slot run side by side, and all are resident
     at once unless no request is cut.
     """
-    row_tiles = -(-rows // TILE_ROWS)
-    steps = -(-capacity // STEP)
+    row_tiles = -(-rows // config.tile_rows)
+    steps = -(-capacity // config.step)
+    units *= config.resident
     slots = units // row_tiles
     if num_splits is not None:
         splits = max(1, min(num_splits, steps))
@@ -82,12 +86,21 @@ def refusal(
         return f"needs fewer than 2**31 slots in the cache, got {pages * page_size}"
     if q.shape[0] > 4096:
         return f"needs at most 4096 requests, got {q.shape[0]}"
-    row_tiles = -(-q.shape[1] * q.shape[2] // TILE_ROWS)
-    if num_splits is not None and num_splits > 1 and row_tiles > units:
-        return f"needs at most {units * TILE_ROWS} query rows a request where it is split, got {q.shape[1] * q.shape[2]}"
+    rows = q.shape[1] * q.shape[2]
+    if num_splits is not None and num_splits > 1 and rows > 64 * units:
+        return f"needs at most {units * 64} query rows a request where it is split, got {rows}"
     return None
+
+
+FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2)
+FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=2)
+MANY = HopperConfig("many")
 
 
 def choose_config(*, batch: int, rows: int) -> HopperConfig:
     """The launch configuration for `rows` query rows a request."""
-    return HopperConfig()
+    if rows <= 16:
+        return FEW16
+    if rows <= 32:
+        return FEW32
+    return MANY

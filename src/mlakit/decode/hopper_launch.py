@@ -7,7 +7,8 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlakit.decode.hopper_config import RANK, ROPE, TILE_ROWS, HopperConfig, HopperPlan, choose_config, plan_slots
+from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_config, plan_slots
+from mlakit.decode.hopper_few import _mla_decode_few_kernel
 from mlakit.decode.hopper_many import _mla_decode_many_kernel
 from mlakit.hardware import device_info
 
@@ -15,7 +16,7 @@ LOG2E = 1.4426950408889634
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
 _MOST_LAUNCHES = 4096
 # A launch by what determines it but the tensors' addresses: the compiled kernel and all arguments after the tensors.
-_LAUNCHES: dict[Any, tuple[Any, HopperPlan, tuple[Any, ...]]] = {}
+_LAUNCHES: dict[Any, tuple[Any, HopperConfig, HopperPlan, tuple[Any, ...]]] = {}
 
 
 class _Counters:
@@ -101,30 +102,28 @@ def _launch_hopper_decode(
     )  # fmt: skip
     known = _LAUNCHES.get(key)
     if known is None:
-        capacity = block_table.shape[1] * page_size
         chosen = config or choose_config(batch=batch, rows=rows)
+        capacity = block_table.shape[1] * page_size
         plan = plan_slots(
-            batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits
-        )
-        numbers = (
-            softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1) * cache.element_size(),
-            batch, q_len, heads, capacity, plan.row_tiles, plan.slots, plan.splits, 0,
-        )  # fmt: skip
-        constants = (
-            causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)), chosen.prefetch,
-            chosen.early, chosen.worker_registers,
+            batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
+            config=chosen,
         )  # fmt: skip
     else:
-        kernel, plan, rest = known
+        kernel, chosen, plan, rest = known
+    tile_rows = chosen.tile_rows
     partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
     if plan.partials:
-        partial = torch.empty((plan.partials, plan.row_tiles * TILE_ROWS, RANK), dtype=torch.float32, device=device)
-        partial_lse = torch.empty((plan.partials, plan.row_tiles * TILE_ROWS), dtype=torch.float32, device=device)
+        partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=torch.float32, device=device)
+        partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)
         counters = _counters(device, batch * plan.row_tiles)
-    arguments = (
-        _descriptor(q_matrix, [TILE_ROWS, RANK // 2]), _descriptor(k_matrix, [64, RANK // 2]),
-        _descriptor(k_matrix, [64, ROPE]), q, cache, block_table, seq_lens, out, lse, partial, partial_lse, counters,
-    )  # fmt: skip
+    keys = _descriptor(k_matrix, [64, RANK // 2]), _descriptor(k_matrix, [64, ROPE])
+    tensors = cache, block_table, seq_lens, out, lse, partial, partial_lse, counters
+    arguments: tuple[Any, ...]
+    if chosen.kernel == "many":
+        arguments = _descriptor(q_matrix, [tile_rows, RANK // 2]), *keys, q, *tensors
+    else:
+        queries = _descriptor(q_matrix, [tile_rows, RANK // 2]), _descriptor(q_matrix, [tile_rows, ROPE])
+        arguments = *queries, *keys, *tensors
     if known is not None:
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -132,14 +131,26 @@ def _launch_hopper_decode(
         else:
             kernel(*arguments, *rest)
         return
+    numbers: tuple[Any, ...] = (
+        softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1) * cache.element_size(),
+        batch, q_len, heads, capacity,
+    )  # fmt: skip
+    numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, 0)
+    constants: tuple[Any, ...] = (causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)))
+    if chosen.kernel == "many":
+        function, constants = _mla_decode_many_kernel, (
+            *constants, chosen.prefetch, chosen.early, chosen.worker_registers
+        )  # fmt: skip
+    else:
+        function, constants = _mla_decode_few_kernel, (*constants, tile_rows, chosen.prefetch)
     grid = (plan.programs, 1, 1)
     # Cooperative where programs wait for one another: all of them must be resident.
     options = {"num_warps": 4, "maxnreg": chosen.max_registers, "launch_cooperative_grid": plan.partials > 0}
     if device.type != "cuda":
-        _mla_decode_many_kernel[grid](*arguments, *numbers, *constants, **options)
+        function[grid](*arguments, *numbers, *constants, **options)
         return
     with torch.cuda.device(device):
-        compiled = _mla_decode_many_kernel[grid](*arguments, *numbers, *constants, **options)
+        compiled = function[grid](*arguments, *numbers, *constants, **options)
     if len(_LAUNCHES) >= _MOST_LAUNCHES:
         _LAUNCHES.clear()
-    _LAUNCHES[key] = compiled[grid], plan, (*numbers, *constants)
+    _LAUNCHES[key] = compiled[grid], chosen, plan, (*numbers, *constants)

@@ -57,7 +57,9 @@ def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     r = gl.arange(0, 64, gl.SliceLayout(1, operand))
     c = gl.arange(0, 64, gl.SliceLayout(0, operand))
-    return gl.load(q_ptr + row.to(gl.int64) * 576 + 512 + r[:, None] * 576 + c[None, :], mask=(r < live)[:, None], other=0.0)
+    return gl.load(
+        q_ptr + row.to(gl.int64) * 576 + 512 + r[:, None] * 576 + c[None, :], mask=(r < live)[:, None], other=0.0
+    )
 
 
 @gluon.jit
@@ -355,17 +357,17 @@ def _attend(
             if count == 2:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16, 64,
                 )  # fmt: skip
             elif count <= 16:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4, 64,
                 )  # fmt: skip
             else:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1, 64,
                 )  # fmt: skip
             _leave(counter, 2 * count)
         before += steps

@@ -120,7 +120,7 @@ def _zero_tail(keys, valid):
 def _merge_rows(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, tile, row_tiles, row_begin, row_end,
     rows, heads, stride_os, stride_oh, too_long, HALF: gl.constexpr, WIDTH: gl.constexpr, PIECES: gl.constexpr,
-    ROWS: gl.constexpr,
+    ROWS: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
     """Merge some rows of a tile, columns [HALF * WIDTH, HALF * WIDTH + WIDTH), from all pieces of a request: PIECES x
     ROWS loads are under way at once.
@@ -135,7 +135,7 @@ def _merge_rows(
     col = HALF * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     for start in range(row_begin, row_end, ROWS):
         row = start + local
-        live_row = (row < row_end) & (tile * 64 + row < rows)
+        live_row = (row < row_end) & (tile * TILE + row < rows)
         m = gl.full([ROWS], -float("inf"), gl.float32, of_row)
         l = gl.zeros([ROWS], gl.float32, of_row)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, result)
@@ -143,10 +143,10 @@ def _merge_rows(
             number = first + piece
             at = _partial_at(base, number, aligned) * row_tiles + tile
             live = (number < count)[:, None] & live_row[None, :]
-            flat = (at * 64)[:, None] + row[None, :]
+            flat = (at * TILE)[:, None] + row[None, :]
             some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
             some = gl.load(
-                partial_ptr + (flat.to(gl.int64) * (2 * WIDTH))[:, :, None] + col[None, None, :],
+                partial_ptr + (flat.to(gl.int64) * 512)[:, :, None] + col[None, None, :],
                 mask=live[:, :, None],
                 other=0.0,
             )
@@ -163,13 +163,50 @@ def _merge_rows(
         inverse = gl.where(too_long, float("nan"), inverse)
         natural = gl.where(too_long, float("nan"), natural)
         acc = acc * gl.convert_layout(inverse, of_result_row)[:, None]
-        q_row = tile * 64 + gl.convert_layout(row, of_result_row)
+        q_row = tile * TILE + gl.convert_layout(row, of_result_row)
         at_row = (q_row // heads).to(gl.int64) * stride_os + (q_row % heads).to(gl.int64) * stride_oh
         cols = gl.convert_layout(col, gl.SliceLayout(0, result))
         live_result = gl.convert_layout(live_row.to(gl.int32), of_result_row) != 0
-        gl.store(
-            out_ptr + at_row[:, None] + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=live_result[:, None]
-        )
+        gl.store(out_ptr + at_row[:, None] + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=live_result[:, None])
         if HALF == 0:
-            gl.store(lse_ptr + tile * 64 + row, natural, mask=live_row)
+            gl.store(lse_ptr + tile * TILE + row, natural, mask=live_row)
 
+
+@gluon.jit
+def _merge_chunks(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, number, rows, heads, stride_os, stride_oh,
+    too_long, PIECES: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """Merge this program's part, in units of 128 columns of a row, of a request of many pieces; PIECES at once."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    of_piece: gl.constexpr = gl.SliceLayout(1, layout)
+    piece = gl.arange(0, PIECES, of_piece)
+    col = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    units = gl.minimum(rows, TILE) * 4
+    for unit in range(number * units // count, (number + 1) * units // count):
+        row = unit // 4
+        m = -float("inf")
+        l = 0.0
+        acc = gl.zeros([128], gl.float32, gl.SliceLayout(0, layout))
+        for first in range(0, count, PIECES):
+            live = first + piece < count
+            flat = _partial_at(base, first + piece, aligned) * TILE + row
+            some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
+            at = (flat.to(gl.int64) * 512 + unit % 4 * 128)[:, None] + col[None, :]
+            some = gl.load(partial_ptr + at, mask=live[:, None], other=0.0)
+            m_new = gl.maximum(m, gl.max(some_lse, 0))
+            shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf
+            old = gl.exp2(m - shift)
+            weight = gl.exp2(some_lse - shift)
+            l = l * old + gl.sum(weight, 0)
+            acc = acc * old + gl.sum(some * weight[:, None], 0)
+            m = m_new
+        LN2: gl.constexpr = 0.6931471805599453
+        inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
+        natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
+        inverse = gl.where(too_long, float("nan"), inverse)
+        natural = gl.where(too_long, float("nan"), natural)
+        at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+        gl.store(out_ptr + at_row + unit % 4 * 128 + col, (acc * inverse).to(out_ptr.dtype.element_ty))
+        if unit % 4 == 0:
+            gl.store(lse_ptr + row, natural)

@@ -1,0 +1,235 @@
+"""Dense MLA decode for few heads on Hopper: keys as the rows of every product, one warpgroup a program.
+
+A warpgroup's matrix instruction has 64 rows; 16 heads in them would waste three quarters. So the scores are computed
+transposed, S^T = K Q^T with 64 keys as rows and the query rows as columns, and the output too, O^T = V^T P^T with 512
+rows. Nothing is padded, the accumulator is small, and the memory system is the limit: two or three programs a
+multiprocessor, each with one tile of keys, keep it busy without speaking to one another.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlakit.decode.hopper_parts import (
+    _arrive,
+    _await,
+    _barrier,
+    _leave,
+    _merge_chunks,
+    _merge_rows,
+    _prefetch,
+    _tile_row,
+    _zero_tail,
+)
+from mlakit.decode.hopper_schedule import _partial_at, _piece, _share_out
+
+
+@gluon.jit
+def _fill_left(k_desc, r_desc, row, keys, rope, full, wanted):
+    mbarrier.expect(full, 64 * (256 + 64) * 2, pred=wanted)
+    tma.async_copy_global_to_shared(k_desc, [row, 0], full, keys, pred=wanted)
+    tma.async_copy_global_to_shared(r_desc, [row, 512], full, rope, pred=wanted)
+
+
+@gluon.jit
+def _fill_right(k_desc, row, keys, full, wanted):
+    mbarrier.expect(full, 64 * 256 * 2, pred=wanted)
+    tma.async_copy_global_to_shared(k_desc, [row, 256], full, keys, pred=wanted)
+
+
+# What changes from batch to batch must not recompile; `zero` must stay unknown.
+@gluon.jit(do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "slots", "splits", "zero"])
+def _mla_decode_few_kernel(
+    q_desc, q_rope_desc, k_desc, r_desc,
+    cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    batch, q_len, heads, capacity, slots, splits, zero,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr, PREFETCH: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = k_desc.dtype
+    LN2: gl.constexpr = 0.6931471805599453
+    matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_R, 16, rank=2)
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_R, 16])
+    of_key: gl.constexpr = gl.SliceLayout(1, product)
+    of_row: gl.constexpr = gl.SliceLayout(0, product)
+    slot = gl.program_id(0)
+    begin, end, aligned, pieces, share, start_before = _share_out(
+        seq_lens_ptr, slot, slots, batch, splits, capacity, 64, BLOCK_B
+    )
+    queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_R, 256], matrix)
+    q_rope = gl.allocate_shared_memory(DTYPE, [1, BLOCK_R, 64], matrix)
+    keys = gl.allocate_shared_memory(DTYPE, [2, 64, 256], matrix)
+    rope = gl.allocate_shared_memory(DTYPE, [1, 64, 64], matrix)
+    weights = gl.allocate_shared_memory(DTYPE, [1, 64, BLOCK_R], narrow)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full.index(0), count=1)
+    mbarrier.init(full.index(1), count=1)
+    mbarrier.init(full_q, count=1)
+    fence_async_shared()
+    _barrier()
+    rows = q_len * heads
+    key = gl.arange(0, 64, of_key)
+    row = gl.arange(0, BLOCK_R, of_row)
+    col = gl.arange(0, 256, of_key)
+    passed = slot * 0
+    done = slot * 0
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+        )
+        if first < last:
+            valid = gl.minimum(length, capacity)
+            last_tile = (valid - 1) // 64
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            yes = first < last
+            mbarrier.expect(full_q, BLOCK_R * 576 * 2)
+            tma.async_copy_global_to_shared(q_desc, [request * rows, 0], full_q, queries.index(0))
+            tma.async_copy_global_to_shared(q_desc, [request * rows, 256], full_q, queries.index(1))
+            tma.async_copy_global_to_shared(q_rope_desc, [request * rows, 512], full_q, q_rope.index(0))
+            now = _tile_row(table, first, last_tile, PAGE, 64)
+            next_row = _tile_row(table, first + 1, last_tile, PAGE, 64)
+            _fill_left(k_desc, r_desc, now, keys.index(0), rope.index(0), full.index(0), yes)
+            _fill_right(k_desc, now, keys.index(1), full.index(1), yes)
+            if CAUSAL:
+                sight = valid - q_len + 1 + row // heads
+                shortest = valid - q_len + 1
+            else:
+                sight = gl.full([BLOCK_R], 0, gl.int32, of_row) + valid
+                shortest = valid
+            m = gl.full([BLOCK_R], -float("inf"), gl.float32, of_row)
+            l = gl.zeros([64, BLOCK_R], gl.float32, product)
+            o_left = gl.zeros([256, BLOCK_R], gl.float32, product)
+            o_right = gl.zeros([256, BLOCK_R], gl.float32, product)
+            mbarrier.wait(full_q, done & 1)
+            for step in range(first, last):
+                phase = passed & 1
+                passed += 1
+                z = step * zero
+                at = step * 64
+                more = step + 1 < last
+                if PREFETCH:
+                    _prefetch(cache_ptr + next_row.to(gl.int64) * key_bytes, 64 * key_bytes, more)
+                then_row = _tile_row(table, step + 2, last_tile, PAGE, 64)
+                left = keys.index(z)
+                right = keys.index(z + 1)
+                mbarrier.wait(full.index(0), phase)
+                if at + 64 > valid:
+                    mbarrier.wait(full.index(1), phase)
+                    _zero_tail(left, valid - at)
+                    _zero_tail(right, valid - at)
+                    fence_async_shared()
+                    _barrier()
+                s = gl.zeros([64, BLOCK_R], gl.float32, product)
+                s = warpgroup_mma(left, queries.index(z).permute((1, 0)), s, use_acc=False, is_async=True)
+                s = warpgroup_mma(rope.index(z), q_rope.index(z).permute((1, 0)), s, is_async=True)
+                mbarrier.wait(full.index(1), phase)
+                s = warpgroup_mma(right, queries.index(z + 1).permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, [s])
+                if at + 64 > shortest:
+                    s = gl.where((at + key)[:, None] < sight[None, :], s, -float("inf"))
+                m_new = gl.maximum(m, gl.max(s, 0) * scale_log2)
+                shift = m_new
+                if CAUSAL:  # a row that has seen no key yet: 0 instead of inf - inf
+                    shift = gl.where(m_new == -float("inf"), 0.0, m_new)
+                factor = gl.exp2(m - shift)
+                m = m_new
+                p = gl.exp2(s * scale_log2 - shift[None, :])
+                l = l * factor[None, :] + p
+                weights.index(0).store(p.to(DTYPE))
+                fence_async_shared()
+                o_left = o_left * factor[None, :]
+                o_right = o_right * factor[None, :]
+                _barrier()
+                o_left = warpgroup_mma(left.permute((1, 0)), weights.index(z), o_left, is_async=True)
+                o_right = warpgroup_mma(right.permute((1, 0)), weights.index(z), o_right, is_async=True)
+                o_left = warpgroup_mma_wait(1, [o_left])
+                _barrier()
+                _fill_left(k_desc, r_desc, next_row, keys.index(0), rope.index(0), full.index(0), more)
+                o_right = warpgroup_mma_wait(0, [o_right])
+                _barrier()
+                _fill_right(k_desc, next_row, keys.index(1), full.index(1), more)
+                next_row = then_row
+            done += 1
+            total = gl.sum(l, 0)
+            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
+            # over a part.
+            inverse = gl.where(total == 0.0, 0.0, 1.0 / total)
+            inverse = gl.where(length > capacity, float("nan"), inverse)
+            lse = gl.where(total == 0.0, -float("inf"), m + gl.log2(total))
+            o_left = o_left * inverse[None, :]
+            o_right = o_right * inverse[None, :]
+            if count > 1:
+                place = _partial_at(base, number, aligned)
+                part = partial_ptr + place.to(gl.int64) * (BLOCK_R * 512) + (row * 512)[None, :] + col[:, None]
+                gl.store(part, o_left)
+                gl.store(part + 256, o_right)
+                gl.store(partial_lse_ptr + place * BLOCK_R + row, lse)
+                _arrive(counter_ptr + request)
+            else:
+                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[None, :] + col[:, None]
+                gl.store(result, o_left.to(DTYPE), mask=(row < rows)[None, :])
+                gl.store(result + 256, o_right.to(DTYPE), mask=(row < rows)[None, :])
+                natural = gl.where(length > capacity, float("nan"), lse * LN2)
+                gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
+        before += steps
+
+    # Requests without keys: nobody's pieces.
+    for request in range(slot, batch, slots):
+        length = gl.load(seq_lens_ptr + request)
+        if gl.minimum(length, capacity) <= 0:
+            plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+            out_row = gl.arange(0, BLOCK_R, gl.SliceLayout(1, plain))
+            out_col = gl.arange(0, 512, gl.SliceLayout(0, plain))
+            at_row = (out_row // heads).to(gl.int64) * stride_os + (out_row % heads).to(gl.int64) * stride_oh
+            result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
+            nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
+            gl.store(result, gl.zeros([BLOCK_R, 512], DTYPE, plain) + nothing, mask=(out_row < rows)[:, None])
+            nothing = gl.where(length > capacity, float("nan"), -float("inf"))
+            nothing += gl.zeros([BLOCK_R], gl.float32, of_row)
+            gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+
+    # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+        )
+        if (first < last) & (count > 1):
+            counter = counter_ptr + request
+            _await(counter, count)
+            result = out_ptr + request.to(gl.int64) * stride_ob
+            result_lse = lse_ptr + request.to(gl.int64) * rows
+            too_long = length > capacity
+            tile = slot * 0
+            row_begin = number * BLOCK_R // count
+            row_end = (number + 1) * BLOCK_R // count
+            if count == 2:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, BLOCK_R,
+                )  # fmt: skip
+            elif count <= 8:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, BLOCK_R,
+                )  # fmt: skip
+            else:
+                _merge_chunks(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
+                    stride_os, stride_oh, too_long, 32, BLOCK_R,
+                )  # fmt: skip
+            _leave(counter, count)
+        before += steps
