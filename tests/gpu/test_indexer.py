@@ -1,0 +1,255 @@
+import pytest
+import torch
+
+from mlakit.indexer import (
+    indexer_logits,
+    indexer_logits_paged,
+    ops,
+    pack_index_cache,
+    quantize_queries,
+    select_topk,
+    slots_of,
+)
+from mlakit.indexer.config import LogitsConfig, TopkConfig
+from mlakit.indexer.reference import (
+    indexer_logits_paged_reference,
+    indexer_logits_reference,
+    select_topk_reference,
+)
+from mlakit.indexer.triton_logits import launch_indexer_logits
+from mlakit.indexer.triton_topk import launch_select_topk
+from mlakit.testing import assert_close, poison_, random_page_table
+
+pytestmark = pytest.mark.gpu
+F8 = torch.float8_e4m3fn
+# Its schema check compares inputs before and after with torch.allclose, which float8 does not have.
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+def _inputs(s_q, s_kv, heads=64, dim=128):
+    q = torch.randn(s_q, heads, dim, device="cuda").to(F8)
+    k = torch.randn(s_kv, dim, device="cuda").to(F8)
+    return q, k, torch.rand(s_kv, device="cuda") + 0.5, torch.randn(s_q, heads, device="cuda")
+
+
+def _check(out, reference, eager):
+    """Equal -inf, and close where there are numbers. `eager` is the same sum in bfloat16."""
+    assert torch.equal(torch.isneginf(out), torch.isneginf(reference))
+    seen = ~torch.isneginf(reference)
+    assert_close(out[seen], reference[seen], eager[seen].float())
+
+
+# DeepSeek's heads and width; a single query and key; more keys than a program of few queries takes, odd sizes all
+# through; few heads, heads that are no power of two, other widths.
+@pytest.mark.parametrize(
+    ("s_q", "s_kv", "heads", "dim"),
+    [
+        (300, 4100, 64, 128),
+        (1, 1, 64, 128),
+        (3, 33333, 64, 128),
+        (65, 127, 32, 128),
+        (33, 200, 5, 64),
+        (7, 99, 128, 32),
+    ],
+)
+@pytest.mark.parametrize("limited", [False, True])
+def test_logits_against_float64(s_q, s_kv, heads, dim, limited):
+    arguments = _inputs(s_q, s_kv, heads, dim)
+    limits = (None, None)
+    if limited:  # some of them empty, before the first key or behind the last
+        end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
+        limits = (torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32), end)
+    out = indexer_logits(*arguments, *limits)
+    reference = indexer_logits_reference(*arguments, *limits, dtype=torch.float64)
+    _check(out, reference, indexer_logits_reference(*arguments, *limits, dtype=torch.bfloat16))
+
+
+CONFIGS = [
+    LogitsConfig(2, 64, 4, 3, split=1024, descriptors=True),
+    LogitsConfig(2, 128, 8, 3, split=512, descriptors=True),
+    LogitsConfig(1, 128, 4, 4, split=256),
+    LogitsConfig(4, 64, 8, 2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_kind_of_configuration(config):
+    arguments = _inputs(131, 3001)
+    end = torch.arange(131, device="cuda", dtype=torch.int32) + 2871
+    start = torch.where(torch.arange(131, device="cuda") < 70, 0, 1500).int()
+    out = poison_(torch.empty(131, 3001, device="cuda"))
+    launch_indexer_logits(*arguments, start, end, out, config)
+    reference = indexer_logits_reference(*arguments, start, end, dtype=torch.float64)
+    _check(out, reference, indexer_logits_reference(*arguments, start, end, dtype=torch.bfloat16))
+
+
+def test_keys_that_nobody_sees_are_not_read():
+    q, k, scales, weights = _inputs(10, 4096)
+    k.view(torch.uint8)[2048:] = 0x7F
+    scales[2048:] = torch.nan
+    end = torch.full((10,), 2000, device="cuda", dtype=torch.int32)
+    out = indexer_logits(q, k, scales, weights, None, end)
+    assert not out.isnan().any()
+    k.view(torch.uint8)[7, 3] = 0x7F
+    assert indexer_logits(q, k, scales, weights, None, end)[:, 7].isnan().all()
+
+
+def test_more_than_2_to_the_31_logits_and_elements():
+    q, k, scales, weights = _inputs(20000, 110_001)
+    out = indexer_logits(q, k, scales, weights)
+    rows = torch.tensor([0, 10000, 19999], device="cuda")
+    reference = indexer_logits_reference(q[rows], k, scales, weights[rows], dtype=torch.float64)
+    eager = indexer_logits_reference(q[rows], k, scales, weights[rows], dtype=torch.bfloat16)
+    assert_close(out[rows], reference, eager.float())
+    chosen = select_topk(out, 2048)
+    assert torch.equal(chosen[rows], select_topk_reference(out[rows], 2048))
+
+
+def _paged(lens, page_size, q_len, heads=64, dim=128, spare_pages=3):
+    table = random_page_table(lens, page_size=page_size, device="cuda", dead_slot=-(2**30), spare_pages=spare_pages)
+    codes = torch.randn(table.num_pages, page_size, dim, device="cuda").to(F8)
+    scales = torch.rand(table.num_pages, page_size, device="cuda") + 0.5
+    dead = torch.ones(table.num_pages * page_size, dtype=torch.bool, device="cuda")
+    dead[table.slots] = False
+    codes.view(torch.uint8).view(-1, dim)[dead] = 0x7F
+    scales.view(-1)[dead] = torch.nan
+    q = torch.randn(len(lens), q_len, heads, dim, device="cuda").to(F8)
+    weights = torch.randn(len(lens), q_len, heads, device="cuda")
+    return q, pack_index_cache(codes, scales), weights, table.block_table, table.seq_lens
+
+
+# No context, less than the queries, a page, a page and one more, long; the page of DeepSeek, one of a single token, one
+# that no tile is a multiple of.
+@pytest.mark.parametrize(("q_len", "page_size"), [(1, 64), (2, 64), (5, 16), (2, 1), (3, 48)])
+def test_paged_against_float64(q_len, page_size):
+    arguments = _paged([0, 1, 64, 65, 3000, 9999], page_size, q_len)
+    out = indexer_logits_paged(*arguments, max_context_len=10007)
+    reference = indexer_logits_paged_reference(*arguments, 10007, dtype=torch.float64)
+    _check(out, reference, indexer_logits_paged_reference(*arguments, 10007, dtype=torch.bfloat16))
+
+
+def test_a_cache_of_more_than_2_to_the_31_bytes():
+    q, cache, weights, table, lens = _paged([5000, 300], 64, 1)
+    pages = 2**31 // cache[0].numel() + 1000
+    large = torch.empty(pages, *cache.shape[1:], dtype=torch.uint8, device="cuda")
+    large[-cache.shape[0] :] = cache
+    moved = torch.where(table >= 0, table + pages - cache.shape[0], table)
+    out = indexer_logits_paged(q, large, weights, moved, lens, max_context_len=5000)
+    assert torch.equal(out, indexer_logits_paged(q, cache, weights, table, lens, max_context_len=5000))
+
+
+def _rows(columns):
+    """Rows that a selection can go wrong on."""
+    normal = torch.randn(columns, device="cuda")
+    trend = torch.arange(columns, device="cuda") / columns
+    return torch.stack(
+        [
+            normal,
+            normal.sort().values,
+            normal.sort(descending=True).values,
+            normal.round(),  # ties everywhere
+            (normal * 1000).round(),
+            torch.zeros(columns, device="cuda"),
+            torch.where(torch.arange(columns, device="cuda") % 3 == 0, 1.0, -0.0),
+            normal.relu(),
+            normal * 1e-42,  # denormal numbers
+            torch.where(normal > 1.5, normal, -torch.inf),
+            torch.where(normal > 0.5, torch.inf, normal),
+            torch.where(normal > 2, torch.nan, normal),
+            torch.where(normal > 2, torch.nan, -torch.inf).copysign(-normal),
+            torch.full((columns,), -torch.inf, device="cuda"),
+            (normal * 5).exp().exp(),
+            normal + 10 * trend,  # the newest are the largest
+            torch.where(trend > 0.97, normal + 8, normal),
+            torch.where(torch.arange(columns, device="cuda") % 64 < 8, normal + 8, normal),  # where a sample looks
+        ]
+    )
+
+
+# Every size of registers the launcher knows, held in them and sampled, up to the longest context; columns that are no
+# multiple of four; k of 1, odd, DeepSeek's, the largest, more than there are columns.
+@pytest.mark.parametrize(
+    ("columns", "k"),
+    [
+        (1, 1), (63, 64), (1000, 2048), (2048, 2048), (4096, 2048), (4099, 127), (8192, 2048), (8191, 1),
+        (32768, 2048), (33333, 2048), (40000, 8192), (131072, 2048), (163840, 512), (1_000_003, 2048),
+    ],
+)  # fmt: skip
+def test_selection_is_exact(columns, k):
+    logits = _rows(columns)
+    out = select_topk(logits, k)
+    assert torch.equal(out, select_topk_reference(logits, k))
+    lengths = torch.randint(-5, columns + 5, (logits.shape[0],), device="cuda", dtype=torch.int32)
+    behind = torch.arange(columns, device="cuda") >= lengths[:, None]
+    poisoned = logits.masked_fill(behind, torch.nan)
+    assert torch.equal(select_topk(poisoned, k, lengths), select_topk_reference(logits, k, lengths))
+
+
+# As many rows as keep every program at several of them; room for so few candidates that rows are searched in place.
+@pytest.mark.parametrize(
+    "config", [None, TopkConfig(2048, 2048, 1024, 1024, 4, 8), TopkConfig(1024, 256, 2048, 2048, 8, 4)]
+)
+def test_selection_of_many_rows(config):
+    logits = torch.randn(4001, 9000, device="cuda")
+    lengths = (torch.arange(4001, device="cuda") * 2 + 900).int()
+    out = torch.full((4001, 1000), -7, device="cuda", dtype=torch.int32)
+    launch_select_topk(logits, 1000, lengths, out, config)
+    assert torch.equal(out, select_topk_reference(logits, 1000, lengths))
+    again = torch.full_like(out, -7)
+    launch_select_topk(logits, 1000, lengths, again, config)
+    assert torch.equal(out, again)
+
+
+def test_under_a_cuda_graph_with_changing_lengths():
+    arguments = _paged([700, 1300, 3000], 64, 2)
+    lens = arguments[-1]
+
+    def step():
+        logits = indexer_logits_paged(*arguments, max_context_len=6000)
+        chosen = select_topk(logits, 512, lens.repeat_interleave(2))
+        return logits, slots_of(chosen, arguments[3].repeat_interleave(2, 0), 64)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new in ([700, 1300, 3000], [1, 1290, 0], [640, 5, 2999]):
+        lens.copy_(torch.tensor(new))
+        graph.replay()
+        for one, other in zip(captured, step(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_compiles_without_a_graph_break():
+    def attend(q, k, scales, weights, end):
+        logits = indexer_logits(q, k, scales, weights, None, end)
+        return logits, select_topk(logits * 2, 64, end)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for s_q in (8, 24, 40):  # the second length makes it dynamic
+        arguments = _inputs(s_q, 500)
+        end = torch.arange(s_q, device="cuda", dtype=torch.int32) + 400
+        for got, expected in zip(compiled(*arguments, end), attend(*arguments, end), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_operators_keep_their_schemas():
+    arguments = _inputs(3, 40)
+    end = torch.tensor([5, 6, 40], dtype=torch.int32, device="cuda")
+    torch.library.opcheck(ops.indexer_logits, (*arguments, None, None), test_utils=CHECKS)
+    torch.library.opcheck(ops.indexer_logits, (*arguments, end - 5, end), test_utils=CHECKS)
+    torch.library.opcheck(ops.indexer_logits_paged, (*_paged([5, 70], 64, 1), 80), test_utils=CHECKS)
+    logits = indexer_logits(*arguments)
+    torch.library.opcheck(ops.select_topk, (logits, 7, None))
+    torch.library.opcheck(ops.select_topk, (logits, 7, end))
+
+
+def test_quantized_queries_score_as_the_wide_ones():
+    q = torch.randn(40, 64, 128, device="cuda", dtype=torch.bfloat16)
+    weights = torch.randn(40, 64, device="cuda")
+    codes, scaled = quantize_queries(q, weights)
+    _, k, scales, _ = _inputs(1, 300)
+    out = indexer_logits(codes, k, scales, scaled).double()
+    wide = (q.double() @ (k.double() * scales[:, None]).T).relu()
+    expected = (weights.double()[:, :, None] * wide).sum(1)
+    assert (out - expected).norm() < 0.05 * expected.norm()

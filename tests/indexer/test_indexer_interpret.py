@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cache, select_topk
+from mlakit.indexer.config import LogitsConfig, TopkConfig
+from mlakit.indexer.reference import (
+    indexer_logits_paged_reference,
+    indexer_logits_reference,
+    select_topk_reference,
+)
+from mlakit.indexer.triton_logits import launch_indexer_logits
+from mlakit.indexer.triton_topk import launch_select_topk
+from mlakit.testing import poison_, random_page_table
+
+pytestmark = pytest.mark.interpret
+F8 = torch.float8_e4m3fn
+
+
+def _same(out, reference):
+    assert torch.equal(torch.isneginf(out), torch.isneginf(reference))
+    seen = ~torch.isneginf(reference)
+    torch.testing.assert_close(out.double()[seen], reference[seen], rtol=1e-5, atol=1e-4)
+
+
+def _inputs(s_q, s_kv, heads, dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(s_q, heads, dim, generator=generator).to(F8)
+    k = torch.randn(s_kv, dim, generator=generator).to(F8)
+    scales = torch.rand(s_kv, generator=generator) + 0.5
+    return q, k, scales, torch.randn(s_q, heads, generator=generator)
+
+
+# One query and key; heads that are no power of two and more queries than a tile, keys that no tile fills; DeepSeek's
+# own heads and width.
+@pytest.mark.parametrize(("s_q", "s_kv", "heads", "dim"), [(1, 1, 1, 32), (3, 70, 5, 64), (2, 33, 64, 128)])
+@pytest.mark.parametrize("limited", [False, True])
+def test_logits(s_q, s_kv, heads, dim, limited):
+    q, k, scales, weights = _inputs(s_q, s_kv, heads, dim)
+    limits = (None, None)
+    if limited:
+        end = (torch.arange(s_q) * 20 + 1).int().clamp(max=s_kv)
+        limits = ((end - 25).int(), end)
+    out = indexer_logits(q, k, scales, weights, *limits, impl="triton")
+    _same(out, indexer_logits_reference(q, k, scales, weights, *limits, dtype=torch.float64))
+
+
+# Limits before, behind, around and outside of the keys, in one tile of queries and in several; parts of keys that a
+# program has alone; keys that are read must be live, so the others are NaN.
+def test_limits_of_all_kinds_and_parts():
+    q, k, scales, weights = _inputs(7, 150, 3, 32)
+    start = torch.tensor([0, 40, 149, 10, 90, -5, 200], dtype=torch.int32)
+    end = torch.tensor([1, 100, 150, 10, 20, 33, 300], dtype=torch.int32)
+    out = poison_(torch.empty(7, 150))
+    launch_indexer_logits(q, k, scales, weights, start, end, out, LogitsConfig(2, 16, 4, 2, split=64))
+    _same(out, indexer_logits_reference(q, k, scales, weights, start, end, dtype=torch.float64))
+    only_end = indexer_logits(q, k, scales, weights, None, end, impl="triton")
+    _same(only_end, indexer_logits_reference(q, k, scales, weights, None, end, dtype=torch.float64))
+
+
+def test_keys_outside_the_limits_are_not_read():
+    q, k, scales, weights = _inputs(2, 128, 2, 32)
+    k.view(torch.uint8)[64:] = 0x7F
+    scales[64:] = torch.nan
+    limits = (torch.zeros(2, dtype=torch.int32), torch.tensor([3, 60], dtype=torch.int32))
+    out = poison_(torch.empty(2, 128))
+    launch_indexer_logits(q, k, scales, weights, *limits, out, LogitsConfig(2, 64, 4, 2))
+    assert not out.isnan().any()
+    k.view(torch.uint8)[1, 0] = 0x7F
+    assert indexer_logits(q, k, scales, weights, *limits, impl="triton")[:, 1].isnan().all()
+
+
+# No context, less than the queries, one page exactly, a page and one more; two queries of a request in a tile of their
+# own each; dead slots that point nowhere, NaN in the tails of pages.
+@pytest.mark.parametrize(("q_len", "page_size"), [(1, 16), (3, 5)])
+def test_paged(q_len, page_size):
+    lens = [0, 1, 16, 17, 40]
+    generator = torch.Generator().manual_seed(1)
+    table = random_page_table(lens, page_size=page_size, device="cpu", generator=generator, dead_slot=-(2**30))
+    codes = torch.randn(table.num_pages, page_size, 32, generator=generator).to(F8)
+    scales = torch.rand(table.num_pages, page_size, generator=generator) + 0.5
+    dead = torch.ones(table.num_pages * page_size, dtype=torch.bool)
+    dead[table.slots] = False
+    codes.view(torch.uint8).view(-1, 32)[dead] = 0x7F
+    scales.view(-1)[dead] = torch.nan
+    cache = pack_index_cache(codes, scales)
+    q = torch.randn(len(lens), q_len, 3, 32, generator=generator).to(F8)
+    weights = torch.randn(len(lens), q_len, 3, generator=generator)
+    arguments = (q, cache, weights, table.block_table, table.seq_lens)
+    out = indexer_logits_paged(*arguments, max_context_len=43, impl="triton")
+    _same(out, indexer_logits_paged_reference(*arguments, 43, dtype=torch.float64))
+
+
+def _rows(columns):
+    """Rows that a selection can go wrong on."""
+    generator = torch.Generator().manual_seed(columns)
+    normal = torch.randn(columns, generator=generator)
+    rows = [
+        normal,
+        normal.sort().values,
+        normal.sort(descending=True).values,
+        normal.round(),  # ties everywhere
+        torch.zeros(columns),
+        torch.where(torch.arange(columns) % 3 == 0, 1.0, -0.0),
+        normal.relu(),
+        normal * 1e-42,  # denormal numbers
+        torch.where(normal > 1.5, normal, -torch.inf),  # few that count
+        torch.where(normal > 0.5, torch.inf, normal),
+        torch.where(normal > 2, torch.nan, normal),
+        torch.where(normal > 2, torch.nan, -torch.inf).copysign(-normal),
+        torch.full((columns,), -torch.inf),
+        normal.exp().exp(),
+    ]
+    return torch.stack(rows)
+
+
+# Held in registers; longer than that, so that a sample and candidates are taken, with room enough and with so little
+# that every row is searched where it lies. Columns that are no multiple of four, of a block, of anything.
+@pytest.mark.parametrize(
+    ("columns", "k", "config"),
+    [
+        (256, 40, TopkConfig(256, 64, 64, 64, 1, 1)),
+        (77, 100, TopkConfig(128, 64, 64, 32, 1, 1)),
+        (1500, 100, TopkConfig(512, 256, 512, 128, 1, 1)),
+        (1101, 1, TopkConfig(256, 128, 256, 64, 1, 1)),
+        (1101, 60, TopkConfig(64, 64, 512, 64, 1, 1)),
+    ],
+)
+def test_selection(columns, k, config):
+    logits = _rows(columns)
+    out = torch.full((logits.shape[0], k), -7, dtype=torch.int32)
+    launch_select_topk(logits, k, None, out, config)
+    assert torch.equal(out, select_topk_reference(logits, k))
+
+
+# Lengths of nothing, less than nothing, less than k, k, more, more than there is.
+def test_selection_of_rows_of_any_length():
+    logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([0, -3, 5, 20, 21, 64, 99, 1000], dtype=torch.int32)
+    behind = torch.arange(100) >= lengths[:, None]
+    out = select_topk(logits.masked_fill(behind, torch.nan), 20, lengths, impl="triton")
+    assert torch.equal(out, select_topk_reference(logits, 20, lengths))
+    rows_apart = logits[::2, 3:90]
+    assert torch.equal(select_topk(rows_apart, 20, impl="triton"), select_topk_reference(rows_apart, 20))
