@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from mlakit.hardware import DeviceInfo, pretend
 from mlakit.prefill import mla_prefill, mla_prefill_reference
 from mlakit.prefill.config import (
     backward_configs,
@@ -13,6 +15,9 @@ from mlakit.prefill.config import (
     split_head_dim,
     value_width,
 )
+from mlakit.prefill.hopper_config import why_not_aligned, why_not_device, why_not_inputs
+
+H200 = DeviceInfo("cuda", 0, "NVIDIA H200", (9, 0), 132, 60 * 2**20, 141 * 2**30)
 
 
 def cu(*lengths: int) -> torch.Tensor:
@@ -179,6 +184,61 @@ def test_triton_refuses_with_the_reason(monkeypatch, make, interpret, message):
     args = inputs([5], [9], **make)
     with pytest.raises(RuntimeError, match=f"mla_prefill: impl='triton' cannot run: .*{message}"):
         mla_prefill(*args, softmax_scale=0.3, impl="triton")
+
+
+def test_hopper_refuses_other_devices_with_the_reason():
+    args = inputs([5], [9], qk_dim=192, v_dim=128, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"impl='hopper' cannot run: it needs compute capability 9.0 .*, got cpu"):
+        mla_prefill(*args, softmax_scale=0.3, impl="hopper")
+    for found in ((8, 0), (10, 0), (12, 0)):
+        with pretend(DeviceInfo("cuda", 0, "another", found, 100, 2**25, 2**36)):
+            assert why_not_device("cuda:0") == f"it needs compute capability 9.0 (Hopper), got {found[0]}.{found[1]}"
+    with pretend(H200):
+        assert why_not_device("cuda:0") is None
+
+
+# Everything that the Hopper kernel refuses on a Hopper, one thing a case, and neighbours that it takes.
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ({}, None),
+        ({"qk": 128}, None),
+        ({"qk": 64, "v": 64}, None),
+        ({"pe": 64, "qk": 192}, None),
+        ({"qk": 192, "stride": 40 * 8}, None),
+        ({"dtype": torch.float32}, "it needs bfloat16 or float16, got torch.float32"),
+        ({"qk": 256}, r"head dims may be 64, 128 or 192 .* got 256 and 128"),
+        ({"qk": 96}, r"got 96 and 128"),
+        ({"qk": 192, "pe": 32}, r"got 160 \+ 32 and 128"),
+        ({"v": 256}, r"got 192 and 256"),
+        ({"keys": 0}, "at least one key, got none"),
+        ({"stride": 193}, r"k's rows and heads must lie multiples of 16 bytes apart, got strides \[386, 193, 1\]"),
+        ({"rows": 2**31}, "may be up to .*, got"),
+        ({"stride": 2**31}, r"k's heads may span up to 2\^31 elements, got 2147483840"),
+    ],
+)
+def test_what_hopper_takes(make, message):
+    qk, v_dim, pe, dtype = make.get("qk", 192), make.get("v", 128), make.get("pe", 0), make.get("dtype", torch.bfloat16)
+    keys, stride = make.get("keys", 9), make.get("stride", 192)
+    with pretend(H200):
+        q = torch.empty((make.get("rows", 5), 128, qk), dtype=dtype, device="meta")
+        k = torch.empty_strided((keys, 2, qk - pe), (2 * stride, stride, 1), dtype=dtype, device="meta")
+        v = torch.empty((keys, 2, v_dim), dtype=dtype, device="meta")
+        k_pe = torch.empty((keys, 1, pe), dtype=dtype, device="meta") if pe else None
+        reason = why_not_inputs(q, k, v, k_pe, 3)
+    if message is None:
+        assert reason is None
+    else:
+        assert re.search(message, reason)
+
+
+def test_bulk_loads_begin_at_16_bytes():
+    x = torch.zeros(40, dtype=torch.bfloat16)
+    x = x[-x.data_ptr() % 16 // 2 :]
+    assert why_not_aligned(x, None, x[8:]) is None
+    assert (
+        why_not_aligned(x, x[3:]) == "q, k, v and k_pe must begin at multiples of 16 bytes, got an address of 6 mod 16"
+    )
 
 
 def test_triton_refuses_gradients_of_wide_heads(monkeypatch):

@@ -9,10 +9,12 @@ from mlakit.dispatch import (
     check_dtype,
     check_last_dim_contiguous,
     check_shape,
+    choose,
     choose_triton,
     unobserved,
 )
 from mlakit.prefill.config import MAX_BACKWARD_DIM, MAX_QK_DIM, MAX_V_DIM
+from mlakit.prefill.hopper_config import why_not_hopper
 from mlakit.prefill.reference import mla_prefill_reference
 
 _MAX_ROW_STRIDE = 2**24  # the kernels number the elements within a tile of up to 128 rows with 32 bits
@@ -48,12 +50,13 @@ def mla_prefill(
             are zero.
         k_pe: [keys, 1 or num_kv_heads, rope], the last columns of the keys (the rotated part, which all heads share in
             MLA): scores are q's first columns times k plus its last ones times k_pe, as if k were the concatenation.
-            "triton" concatenates first, in a kernel of its own.
+            "hopper" reads both as they are, "triton" concatenates first, in a kernel of its own.
         softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_head_dim); positive.
         causal: query i of q_len sees the first `k_len - q_len + i + 1` keys (bottom-right alignment).
         max_seqlen_q: a hint, the longest sequence of queries; only the choice of tiles depends on it, never the result.
         out: [tokens, num_heads, v_head_dim] in q's dtype, wholly overwritten if given. Not differentiable then.
-        impl: "triton" or "reference"; None picks the fastest that can run.
+        impl: "hopper" (Gluon, compute capability 9.0), "triton" (from 8.0 on) or "reference"; None picks the fastest
+            that can run. Gradients are Triton's in either case.
 
     Returns:
         out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if
@@ -69,7 +72,7 @@ def mla_prefill(
     Source: FlashAttention-2 (arXiv:2307.08691); MHA mode as in DeepSeek-V2 (arXiv:2405.04434), section 2.1.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, k_pe, max_seqlen_q, out)
-    chosen = choose_triton("mla_prefill", impl, q, _why_not(q, k, v, k_pe, out))
+    chosen = _choose(impl, q, k, v, k_pe, out, cu_seqlens_q.shape[0] - 1)
     if chosen == "reference":
         result, lse = mla_prefill_reference(
             q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, k_pe=k_pe
@@ -85,9 +88,9 @@ def mla_prefill(
     plain = unobserved(q, k, v, cu_seqlens_q, cu_seqlens_k) and (k_pe is None or unobserved(k_pe))
     if out is not None:
         fill = ops.run_prefill_out if plain and unobserved(out) else ops.mla_prefill_out
-        return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint, k_pe)
+        return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint, k_pe, chosen)
     run = ops.run_prefill if plain else ops.mla_prefill
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint, k_pe)
+    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint, k_pe, chosen)
 
 
 def _check(
@@ -147,6 +150,28 @@ def _check(
         check_last_dim_contiguous("out", out)
         if _needs_grad(q, k, v, k_pe, out):
             raise ValueError("out cannot be given when a gradient is required; expected out=None")
+
+
+def _choose(
+    impl: str | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pe: torch.Tensor | None,
+    out: torch.Tensor | None,
+    batch: int,
+) -> str:
+    """The implementation's name, or "auto" for the faster kernel, which the operator finds out."""
+    reason = _why_not(q, k, v, k_pe, out)
+    if impl is None and q.is_cuda:
+        name = choose_triton("mla_prefill", None, q, reason)
+        return "auto" if name == "triton" else name
+    if impl == "triton":
+        return choose_triton("mla_prefill", impl, q, reason)
+    hopper = None
+    if impl == "hopper" and (hopper := why_not_hopper(q, k, v, k_pe, batch) or reason) is None:
+        return impl
+    return choose("mla_prefill", impl, {"reference": None, "triton": reason, "hopper": hopper})
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:

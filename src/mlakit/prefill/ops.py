@@ -3,6 +3,7 @@
 import torch
 
 from mlakit.concat.api import concat_k
+from mlakit.prefill.hopper_config import why_not_aligned, why_not_hopper
 
 
 def run_prefill(
@@ -15,17 +16,21 @@ def run_prefill(
     causal: bool,
     max_seqlen_q: int,
     k_pe: torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) as `mlakit.prefill.mla_prefill` defines them; a negative `max_seqlen_q` means that it is not known."""
+    """(out, lse) as `mlakit.prefill.mla_prefill` defines them; a negative `max_seqlen_q` means that it is not known.
+
+    `impl` is "triton", "hopper", or "auto" for the faster one that can run these very tensors.
+    """
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
+    return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
 
 
 mla_prefill = torch.library.custom_op("mlakit::mla_prefill", run_prefill, mutates_args=())
 
 
 @mla_prefill.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q, k_pe=None):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q, k_pe=None, impl="auto"):
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
@@ -41,9 +46,10 @@ def _prefill_out(
     causal: bool,
     max_seqlen_q: int,
     k_pe: torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Like `mlakit::mla_prefill`, with `out` filled in place and lse returned; no gradients."""
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
 
 
 mla_prefill_out = torch.library.custom_op("mlakit::mla_prefill_out", _prefill_out, mutates_args=("out",))
@@ -60,16 +66,17 @@ def run_prefill_out(
     causal: bool,
     max_seqlen_q: int,
     k_pe: torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """`mlakit::mla_prefill_out` without the dispatcher, which would have told autograd that `out` has changed."""
-    lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe)
+    lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return lse
 
 
 @mla_prefill_out.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe=None):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe=None, impl="auto"):
     return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
@@ -122,7 +129,7 @@ def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, 
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _, k_pe = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _, k_pe, _ = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, k_pe, out, lse, cu_seqlens_q, cu_seqlens_k)
     ctx.softmax_scale = softmax_scale
@@ -133,7 +140,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     q, k, v, k_pe, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 9
+        return (None,) * 10
     if dout is None:
         dout = torch.zeros_like(out)
     keys = _keys(k, k_pe)
@@ -145,7 +152,7 @@ def _backward(ctx, dout, dlse):
         dk, dk_pe = dk[..., : k.shape[-1]], dk[..., k.shape[-1] :]
         if k_pe.shape[1] != k.shape[1]:  # every head used the one row; PyTorch's sum accumulates in float32
             dk_pe = dk_pe.sum(dim=1, keepdim=True)
-    return dq, dk, dv, None, None, None, None, None, dk_pe
+    return dq, dk, dv, None, None, None, None, None, dk_pe, None
 
 
 mla_prefill.register_autograd(_backward, setup_context=_setup_context)
@@ -171,12 +178,21 @@ def _forward(
     causal: bool,
     max_seqlen_q: int,
     k_pe: torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    if impl != "triton" and _takes_hopper(q, k, v, k_pe, cu_seqlens_q, max_seqlen_q, impl == "hopper"):
+        from mlakit.prefill.hopper_launch import _launch_hopper
+
+        _launch_hopper(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, softmax_scale=softmax_scale, causal=causal, k_pe=k_pe
+        )
+        return lse
+
     from mlakit.prefill.config import forward_config
     from mlakit.prefill.triton_forward import _launch_forward
 
     k = _keys(k, k_pe)
-    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     # Without a hint the mean length is the best guess at hand.
     rows = max_seqlen_q if max_seqlen_q >= 0 else q.shape[0] // max(cu_seqlens_q.numel() - 1, 1)
     config = forward_config(q.shape[2], v.shape[2], _capability(q), rows)
@@ -193,6 +209,24 @@ def _forward(
         config=config,
     )
     return lse
+
+
+def _takes_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pe: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    named: bool,
+) -> bool:
+    if not named:  # until it has been measured
+        return False
+    batch = cu_seqlens_q.numel() - 1
+    reason = why_not_hopper(q, k, v, k_pe, batch) or why_not_aligned(q, k, v, k_pe)
+    if named and reason is not None:
+        raise RuntimeError(f"mla_prefill: impl='hopper' cannot run: {reason}")
+    return reason is None
 
 
 def _capability(x: torch.Tensor) -> tuple[int, int]:
