@@ -15,6 +15,7 @@ class HopperConfig:
     tile_rows: int = 64  # query rows a program
     step: int = 128  # keys a step: work is divided in whole ones
     resident: int = 1  # programs a multiprocessor
+    least: int = 1  # steps of a piece: fewer cost more to start and to merge than to compute
     prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
     early: bool = True
     worker_registers: int = 240

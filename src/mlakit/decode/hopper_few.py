@@ -47,12 +47,12 @@ def _fill_right(k_desc, row, keys, full, wanted):
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "slots", "splits", "zero"])
+@gluon.jit(do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "slots", "splits", "least", "zero"])
 def _mla_decode_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
-    batch, q_len, heads, capacity, slots, splits, zero,
+    batch, q_len, heads, capacity, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr, PREFETCH: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
@@ -64,7 +64,7 @@ def _mla_decode_few_kernel(
     of_row: gl.constexpr = gl.SliceLayout(0, product)
     slot = gl.program_id(0)
     begin, end, aligned, pieces, share, start_before = _share_out(
-        seq_lens_ptr, slot, slots, batch, splits, capacity, 64, BLOCK_B
+        seq_lens_ptr, slot, slots, batch, splits, least, capacity, 64, BLOCK_B
     )
     queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_R, 256], matrix)
     q_rope = gl.allocate_shared_memory(DTYPE, [1, BLOCK_R, 64], matrix)

@@ -135,7 +135,7 @@ def _launch_hopper_decode(
         softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1) * cache.element_size(),
         batch, q_len, heads, capacity,
     )  # fmt: skip
-    numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, 0)
+    numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, chosen.least, 0)
     constants: tuple[Any, ...] = (causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)))
     if chosen.kernel == "many":
         function, constants = _mla_decode_many_kernel, (

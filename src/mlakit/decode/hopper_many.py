@@ -1,7 +1,7 @@
 """Dense MLA decode for many heads on Hopper: 64 query rows a program, two warpgroups in a seesaw.
 
-Keys come in pairs of tiles of 64. The left warpgroup computes the scores of the first tile and owns the left half of the
-output, the right one those of the second tile and the right half. Each multiplies its own weights, from registers,
+Keys come in pairs of tiles of 64. The left warpgroup computes the scores of the first tile and owns the left half of
+the output, the right one those of the second tile and the right half. Each multiplies its own weights, from registers,
 with its half of its own tile, then the other's, from shared memory, with its half of the other's. The running maximum
 travels through shared memory, from the left to the right one and back.
 
@@ -110,8 +110,8 @@ def _attend(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
         )
         if first < last:
-            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows from
-            # the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
+            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows
+            # from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
             own_tile = tile + (length < 0).to(gl.int32)
             valid = gl.minimum(length, capacity)
             last_tile = (valid - 1) // 64
@@ -356,18 +356,18 @@ def _attend(
             too_long = length > capacity
             if count == 2:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16, 64,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
+                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16, 64,
                 )  # fmt: skip
             elif count <= 16:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4, 64,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
+                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4, 64,
                 )  # fmt: skip
             else:
                 _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1, 64,
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
+                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1, 64,
                 )  # fmt: skip
             _leave(counter, 2 * count)
         before += steps
@@ -385,13 +385,24 @@ def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexp
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
 @gluon.jit(
-    do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "row_tiles", "slots", "splits", "zero"]
+    do_not_specialize=[
+        "stride_tb",
+        "batch",
+        "q_len",
+        "heads",
+        "capacity",
+        "row_tiles",
+        "slots",
+        "splits",
+        "least",
+        "zero",
+    ]
 )
 def _mla_decode_many_kernel(
     q_desc, k_desc, r_desc,
     q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
-    batch, q_len, heads, capacity, row_tiles, slots, splits, zero,
+    batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
     EARLY: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -423,7 +434,7 @@ def _mla_decode_many_kernel(
     mbarrier.init(told_s, count=1)
     fence_async_shared()
     begin, end, aligned, pieces, share, before = _share_out(
-        seq_lens_ptr, slot, slots, batch, splits, capacity, 128, BLOCK_B
+        seq_lens_ptr, slot, slots, batch, splits, least, capacity, 128, BLOCK_B
     )
     args = (
         q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,

@@ -29,30 +29,33 @@ def _steps_of(length, capacity, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _share_out(seq_lens_ptr, slot, slots, batch, splits, capacity, STEP: gl.constexpr, BLOCK_B: gl.constexpr):
+def _share_out(
+    seq_lens_ptr, slot, slots, batch, splits, least, capacity, STEP: gl.constexpr, BLOCK_B: gl.constexpr
+):  # fmt: skip
     """This slot's items and how to read them (`_piece`): items [begin, end), aligned, pieces a request, steps a slot,
-    steps before the first item's request.
+    steps before the first item's request. No piece is smaller than `least` steps but where `splits` says so, or at the
+    end of a request.
     """
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 128], [32], [4], [0])
     requests = gl.arange(0, BLOCK_B, layout)
     steps = _steps_of(gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0), capacity, STEP)
     total = gl.sum(steps, 0)
     longest = gl.max(steps, 0)
-    share = gl.maximum(gl.cdiv(total, slots), 1)
-    pieces = gl.where(splits > 0, splits, gl.maximum(slots // batch, 1))
+    share = gl.maximum(gl.cdiv(total, slots), least)
+    pieces = gl.where(splits > 0, splits, gl.maximum(gl.minimum(slots // batch, longest // least), 1))
     items = gl.cdiv(batch * pieces, slots)
     # Up to a sixteenth and one step longer than a perfect balance: to start and merge one more piece costs as much.
     aligned = (splits > 0) | (items * gl.cdiv(longest, pieces) * 16 <= share * 17 + 16)
     ends = gl.associative_scan(steps, 0, _add)
     first_step = slot * share
     end_step = gl.minimum(first_step + share, total)
-    first = gl.sum((ends <= first_step).to(gl.int32), 0)
-    last = gl.sum((ends < end_step).to(gl.int32), 0)
+    first = gl.sum(gl.where(ends <= first_step, 1, 0), 0)
+    last = gl.sum(gl.where(ends < end_step, 1, 0), 0)
     before = gl.sum(gl.where(requests < first, steps, 0), 0)
     begin = gl.where(aligned, slot * items, first)
     end = gl.where(aligned, gl.minimum(slot * items + items, batch * pieces), last + 1)
     end = gl.where(aligned | (first_step < end_step), end, begin)
-    return begin, end, aligned.to(gl.int32), pieces, share, before
+    return begin, end, gl.where(aligned, 1, 0), pieces, share, before
 
 
 @gluon.jit
@@ -86,4 +89,4 @@ def _partial_at(base, number, aligned):
     """Where the partial result of a piece is kept. A slot that shares evenly has at most two: of the request that it
     takes over from the slot before, and of the one that it leaves to the next (the first piece of that one).
     """
-    return gl.where(aligned != 0, base + number, base + 2 * number + (number == 0).to(gl.int32))
+    return gl.where(aligned != 0, base + number, base + 2 * number + gl.where(number == 0, 1, 0))
