@@ -49,7 +49,7 @@ def prefill_out(
         )
         out.copy_(result)
         return max_logits, lse
-    from mlakit.sparse.triton_prefill import _launch_prefill
+    from mlakit.sparse.triton_launch import _launch_prefill
 
     max_logits = q.new_empty(q.shape[:2], dtype=torch.float32)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
