@@ -54,6 +54,11 @@ def capability(device: torch.device | str) -> tuple[int, int] | None:
     return device_info(device).capability
 
 
+# torch.compile need not look into how a device is asked. This is all that torch.compiler.assume_constant_result does,
+# but that one imports torch._dynamo, and with it triton, on the spot.
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def pretend(info: DeviceInfo) -> Iterator[None]:
     """Let every device look like `info`: for compiling kernels for a GPU that is not there."""

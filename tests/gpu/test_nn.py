@@ -128,7 +128,7 @@ def test_gradients(impl, seqlen):
     grads = []
     for module in (layer, exact):
         module.requires_grad_(True).train()
-        own = x.to(module.wo.weight.dtype).requires_grad_(True)
+        own = x.to(module.wo.weight.dtype, copy=True).requires_grad_(True)
         (module(own, 0, module.precompute_freqs_cis()[:seqlen], "causal") * target).sum().backward()
         grads.append({"x": own.grad, **{name: p.grad for name, p in module.named_parameters()}})
     for name, expected in grads[1].items():
