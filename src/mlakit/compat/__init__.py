@@ -1,0 +1,1 @@
+"""Drop-in faces: mlakit's operations under the names and conventions of other libraries."""

@@ -1,0 +1,88 @@
+"""FlashMLA's face: its shapes, defaults and conventions, over the reference on a CPU."""
+
+import math
+
+import pytest
+import torch
+
+import mlakit.compat.flash_mla as flash_mla
+from mlakit.decode import mla_decode_reference
+from mlakit.testing import PagedCache, random_paged_cache
+
+RANK, LATENT, PAGE = 64, 80, 16
+
+
+def make(lens: list[int], q_len: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor, PagedCache]:
+    generator = torch.Generator().manual_seed(0)
+    paged = random_paged_cache(
+        lens, (LATENT,), page_size=PAGE, dtype=torch.float32, device="cpu", generator=generator, dead_slot=2**30
+    )
+    q = torch.randn((len(lens), q_len, heads, LATENT), generator=generator)
+    return q, paged.pages[:, :, None], paged
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_decode_with_flash_mla_s_conventions(causal: bool) -> None:
+    q, cache, paged = make([20, 0, 1, 33])
+    metadata, num_splits = flash_mla.get_mla_metadata()
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, cache, paged.block_table, paged.seq_lens, RANK, metadata, num_splits, causal=causal
+    )
+    expected, expected_lse = mla_decode_reference(
+        q.double(),
+        paged.pages.double(),
+        paged.block_table,
+        paged.seq_lens,
+        softmax_scale=1 / math.sqrt(LATENT),
+        causal=causal,
+        kv_lora_rank=RANK,
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert lse.shape == (4, 3, 2)
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    expected_lse = expected_lse.transpose(1, 2)
+    empty = expected_lse == -torch.inf
+    assert int(empty.sum()) == (9 if causal else 6)  # request 1, and the older token of request 2 under the mask
+    assert (lse[empty] == torch.inf).all()
+    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_and_an_out_that_are_given_are_used() -> None:
+    q, cache, paged = make([20, 7])
+    out = torch.full((2, 2, 3, RANK), torch.nan)
+    result, _ = flash_mla.flash_mla_with_kvcache(
+        q, cache, paged.block_table, paged.seq_lens, RANK, flash_mla.FlashMLASchedMeta(), softmax_scale=0.3, out=out
+    )
+    expected, _ = mla_decode_reference(
+        q, paged.pages, paged.block_table, paged.seq_lens, softmax_scale=0.3, causal=False, kv_lora_rank=RANK
+    )
+    assert result is out
+    torch.testing.assert_close(out, expected)
+
+
+def test_older_callers_pass_and_receive_tensors() -> None:
+    q, cache, paged = make([20, 7])
+    metadata, num_splits = flash_mla.get_mla_metadata(paged.seq_lens, 2 * 3, 1)
+    assert isinstance(metadata, torch.Tensor)
+    assert isinstance(num_splits, torch.Tensor)
+    assert metadata.shape[1] == 8
+    assert num_splits.shape == (3,)
+    inputs = (q, cache, paged.block_table, paged.seq_lens, RANK)
+    old = flash_mla.flash_mla_with_kvcache(*inputs, metadata, num_splits, causal=True)
+    new = flash_mla.flash_mla_with_kvcache(*inputs, flash_mla.get_mla_metadata()[0], causal=True)
+    for a, b in zip(old, new, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    q, cache, paged = make([20])
+    inputs = (q, cache, paged.block_table, paged.seq_lens, RANK)
+    with pytest.raises(NotImplementedError, match="sparse decoding and fp8 caches"):
+        flash_mla.flash_mla_with_kvcache(*inputs, indices=torch.zeros((1, 2, 4), dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match="is_fp8_kvcache"):
+        flash_mla.flash_mla_with_kvcache(*inputs, is_fp8_kvcache=True)
+    with pytest.raises(ValueError, match=r"\[pages, page_size, 1, head_dim\], got \[\d+, 16, 2, 80\]"):
+        flash_mla.flash_mla_with_kvcache(q, cache.expand(-1, -1, 2, -1), *inputs[2:])
+    with pytest.raises(ValueError, match="block_table and cache_seqlens must be given"):
+        flash_mla.flash_mla_with_kvcache(q, cache, None, None, RANK)
