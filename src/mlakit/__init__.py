@@ -20,10 +20,13 @@ _PUBLIC = {
     "format_batch_spec": "mlakit.bench.batch_spec",
     "get_batch_stats": "mlakit.bench.batch_spec",
     "get_batch_type": "mlakit.bench.batch_spec",
+    "indexer_logits": "mlakit.indexer",
+    "indexer_logits_paged": "mlakit.indexer",
     "mla_sparse_decode": "mlakit.sparse",
     "mla_sparse_prefill": "mlakit.sparse",
     "parse_batch_spec": "mlakit.bench.batch_spec",
     "run_mla_benchmark": "mlakit.bench.runner",
+    "select_topk": "mlakit.indexer",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]

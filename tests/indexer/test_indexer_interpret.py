@@ -14,6 +14,11 @@ from mlakit.testing import poison_, random_page_table
 
 pytestmark = pytest.mark.interpret
 F8 = torch.float8_e4m3fn
+Limits = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _in(dtype, reference, *arguments):
+    return reference(*arguments, dtype=dtype)
 
 
 def _same(out, reference):
@@ -22,7 +27,9 @@ def _same(out, reference):
     torch.testing.assert_close(out.double()[seen], reference[seen], rtol=1e-5, atol=1e-4)
 
 
-def _inputs(s_q, s_kv, heads, dim, seed=0):
+def _inputs(
+    s_q: int, s_kv: int, heads: int, dim: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(s_q, heads, dim, generator=generator).to(F8)
     k = torch.randn(s_kv, dim, generator=generator).to(F8)
@@ -36,12 +43,12 @@ def _inputs(s_q, s_kv, heads, dim, seed=0):
 @pytest.mark.parametrize("limited", [False, True])
 def test_logits(s_q, s_kv, heads, dim, limited):
     q, k, scales, weights = _inputs(s_q, s_kv, heads, dim)
-    limits = (None, None)
+    limits: Limits = (None, None)
     if limited:
         end = (torch.arange(s_q) * 20 + 1).int().clamp(max=s_kv)
         limits = ((end - 25).int(), end)
     out = indexer_logits(q, k, scales, weights, *limits, impl="triton")
-    _same(out, indexer_logits_reference(q, k, scales, weights, *limits, dtype=torch.float64))
+    _same(out, _in(torch.float64, indexer_logits_reference, q, k, scales, weights, *limits))
 
 
 # Limits before, behind, around and outside of the keys, in one tile of queries and in several; parts of keys that a
@@ -52,9 +59,9 @@ def test_limits_of_all_kinds_and_parts():
     end = torch.tensor([1, 100, 150, 10, 20, 33, 300], dtype=torch.int32)
     out = poison_(torch.empty(7, 150))
     launch_indexer_logits(q, k, scales, weights, start, end, out, LogitsConfig(2, 16, 4, 2, split=64))
-    _same(out, indexer_logits_reference(q, k, scales, weights, start, end, dtype=torch.float64))
+    _same(out, _in(torch.float64, indexer_logits_reference, q, k, scales, weights, start, end))
     only_end = indexer_logits(q, k, scales, weights, None, end, impl="triton")
-    _same(only_end, indexer_logits_reference(q, k, scales, weights, None, end, dtype=torch.float64))
+    _same(only_end, _in(torch.float64, indexer_logits_reference, q, k, scales, weights, None, end))
 
 
 def test_keys_outside_the_limits_are_not_read():
@@ -87,7 +94,7 @@ def test_paged(q_len, page_size):
     weights = torch.randn(len(lens), q_len, 3, generator=generator)
     arguments = (q, cache, weights, table.block_table, table.seq_lens)
     out = indexer_logits_paged(*arguments, max_context_len=43, impl="triton")
-    _same(out, indexer_logits_paged_reference(*arguments, 43, dtype=torch.float64))
+    _same(out, _in(torch.float64, indexer_logits_paged_reference, *arguments, 43))
 
 
 def _rows(columns):

@@ -55,8 +55,10 @@ class TopkConfig:
 
 def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
     """The launch for rows of so many columns on a device of `units` multiprocessors."""
-    capacity = max(4096, 1 << (2 * k - 1).bit_length())
+    # Twice as many candidates as are wanted have room. Of longer rows a larger sample is needed, or a few of its keys
+    # would decide.
+    capacity = max(4096 if columns <= 262144 else 8192, 1 << (2 * k - 1).bit_length())
     sample = 4096 if columns <= 65536 else 8192
     few = rows <= units  # a row to a multiprocessor: let more threads at it
     warps = 16 if few or capacity > 8192 else 8
-    return TopkConfig(capacity, min(sample, capacity), 2048, 1024, num_warps=warps, programs=2048 // (32 * warps))
+    return TopkConfig(capacity, sample, 2048, 1024, num_warps=warps, programs=4 if warps == 8 else 2)

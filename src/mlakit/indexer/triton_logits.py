@@ -17,7 +17,7 @@ from mlakit.triton_launch import Launches
 
 @triton.jit
 def _weighted_sum(keys, queries, weights, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
-    """sum over heads of weight * relu(key . query), [BLOCK_N, QUERIES]: two instructions an element."""
+    """Sum over heads of weight * relu(key . query), [BLOCK_N, QUERIES]: two instructions an element."""
     scores = tl.dot(keys, queries)
     scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
     return tl.sum(tl.reshape(scores, (BLOCK_N, QUERIES, HEADS)), axis=2)

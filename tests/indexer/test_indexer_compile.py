@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from mlakit.indexer.config import logits_config, topk_config
+from mlakit.indexer.triton_logits import launch_indexer_logits, launch_indexer_logits_paged
+from mlakit.indexer.triton_topk import launch_select_topk
+from mlakit.testing.offline import _CHIPS, TARGETS, offline
+
+pytestmark = pytest.mark.compiled
+F8 = torch.float8_e4m3fn
+
+
+def _logits(s_q, s_kv, limited, heads=64):
+    limits = (torch.empty(s_q, dtype=torch.int32),) * 2 if limited else (None, None)
+    q, k = torch.empty(s_q, heads, 128, dtype=F8), torch.empty(s_kv, 128, dtype=F8)
+    launch_indexer_logits(q, k, torch.empty(s_kv), torch.empty(s_q, heads), *limits, torch.empty(s_q, s_kv))
+
+
+# DeepSeek's heads with limits and without, a speculative decoding step, heads that are padded.
+@pytest.mark.parametrize("target", TARGETS)
+def test_default_tiles_of_logits_fit_the_registers(target):
+    with offline(target) as compiled:
+        _logits(4096, 8192, True)
+        _logits(4096, 8192, False)
+        _logits(7, 1000, True, heads=33)
+        launch_indexer_logits_paged(
+            torch.empty(4, 2, 64, 128, dtype=F8),
+            torch.empty(100, 64, 132, dtype=torch.uint8),
+            torch.empty(4, 2, 64),
+            torch.empty(4, 50, dtype=torch.int32),
+            torch.empty(4, dtype=torch.int32),
+            torch.empty(8, 3200),
+        )
+    assert [kernel.spills for kernel in compiled] == [0] * 4
+    if target == 90:
+        assert all("QGMMA" in kernel.sass for kernel in compiled)
+        # Four programs share a multiprocessor: while one sums, the others multiply.
+        assert compiled[0].registers <= 128
+
+
+# Rows in registers and longer ones, few and many; DeepSeek's k and the largest.
+@pytest.mark.parametrize("target", TARGETS)
+def test_selections_fit_the_registers(target):
+    with offline(target) as compiled:
+        for rows, columns, k in [(4096, 4096, 2048), (4096, 32768, 2048), (16, 131072, 2048), (4096, 40001, 8192)]:
+            launch_select_topk(torch.empty(rows, columns), k, None, torch.empty(rows, k, dtype=torch.int32))
+    assert len(compiled) == 4
+    assert [kernel.spills for kernel in compiled] == [0] * 4
+
+
+def test_few_queries_are_split_over_the_device():
+    chip = _CHIPS[90]
+    for s_q, s_kv in [(1, 131072), (64, 32768), (4096, 8192), (1, 1)]:
+        config = logits_config(s_q, s_kv, 64, chip, paged=False)
+        programs = -(-s_q // config.block_q) * -(-s_kv // config.split)
+        assert config.split % config.block_n == 0
+        assert programs >= min(4 * chip.units, s_kv // 1024)
+
+
+# Room for the candidates of a row of any length: what the sample asks for, and its scatter.
+@pytest.mark.parametrize("columns", [4097, 8192, 32768, 131072, 262144, 1_000_000])
+@pytest.mark.parametrize("k", [1, 512, 2048, 8192])
+def test_candidates_have_room(columns, k):
+    config = topk_config(columns, k, 4096, 132)
+    if columns <= config.capacity:
+        return
+    expected = config.sample * k / columns
+    wanted = (expected + 3.5 * (expected * (1 - min(k / columns, 1))) ** 0.5 + 3) * 17 / 16
+    candidates = (wanted + 3 * wanted**0.5) * columns / config.sample
+    assert candidates <= config.capacity
