@@ -125,7 +125,7 @@ def conclusion(rows: Sequence[Row]) -> Iterator[str]:
         yield "  - Original and optimized were nowhere both measured"
     if short:
         faster = [row.seq_len for row, _ in short if _apart(row) > 0]
-        slower = [f"{row.seq_len} ({s:.2f}x)" for row, s in short if _apart(row) < 0]
+        slower = [f"{row.seq_len} tokens ({s:.2f}x)" for row, s in short if _apart(row) < 0]
         if len(faster) == len(short):
             factors = [s for _, s in short]
             yield f"  - The short path is faster at every length it takes: {min(factors):.2f}x to {max(factors):.2f}x"
@@ -136,7 +136,7 @@ def conclusion(rows: Sequence[Row]) -> Iterator[str]:
         else:
             yield "  - The short path's times cannot be told from the standard path's at any length measured"
         if slower:
-            yield f"  - The short path is slower at {', '.join(slower)} tokens"
+            yield f"  - The short path is slower at {', '.join(slower)}"
         saved = [(row.seq_len, r) for row, _ in short if (r := row.memory_reduction()) is not None]
         if saved:
             listed = ", ".join(f"{n} tokens {_percent(r)}" for n, r in saved)

@@ -267,9 +267,9 @@ def reason_of(error: Exception) -> str:
 
 
 def free_memory() -> None:
-    """Give back what a row leaves behind, so that the next one has it."""
-    gc.collect()
+    """Give back what a row leaves behind on a GPU, so that the next one has it."""
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
