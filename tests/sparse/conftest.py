@@ -150,9 +150,7 @@ def make_decode_problem(
         some = torch.randint(-2, topk + 3, shape, generator=generator, dtype=torch.int32)
         options["topk_length"] = some.to(device)
     q = torch.randn((batch, q_len, heads, d), generator=generator)
-    return Decode(
-        q.to(device, dtype), cache.view(pages, page_size, -1).to(device), indices.to(device), options
-    )
+    return Decode(q.to(device, dtype), cache.view(pages, page_size, -1).to(device), indices.to(device), options)
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def _warpgroup_tile(
             else:
                 s = tl.dot(tl.trans(k_r), q_r)
         else:
-            if i < end:  # noqa: PLR5501 - both are branches of the kernel, the outer one only of the source
+            if i < end:
                 s = tl.dot(tl.trans(k_c), q_c) * scale_log2
             else:
                 s = tl.dot(tl.trans(k_c), q_c)
@@ -173,11 +173,12 @@ def _warpgroup_tile(
 
 
 @triton.jit
-def _finish(m, l, sink, SINK: tl.constexpr, SPLIT: tl.constexpr):
+def _finish(m, l, sink_at, live, SINK: tl.constexpr, SPLIT: tl.constexpr):
     """What to multiply the weighted sum by, and the lse (log2). With pieces the sink comes when they are merged."""
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
     lse = tl.where(l == 0.0, -float("inf"), m + tl.log2(l))
     if SINK and not SPLIT:
+        sink = tl.load(sink_at, mask=live, other=0.0) * 1.4426950408889634
         inverse = tl.where(l == 0.0, 0.0, inverse / (1.0 + tl.exp2(sink - lse)))
     return inverse, lse
 
@@ -232,7 +233,6 @@ def _mla_sparse_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     # The tiles of one piece run side by side and share its keys in L2.
     tile = tl.program_id(0) % row_tiles
@@ -260,43 +260,42 @@ def _mla_sparse_kernel(
     q_at = q_ptr + request * stride_qb + s * stride_qs + head.to(tl.int64) * stride_qh
     kv_ptr += kv_head.to(tl.int64) * stride_kh
     indices_ptr += request * stride_ib + s * stride_is + kv_head.to(tl.int64) * stride_ih
-    sink = tl.zeros([BLOCK_M], tl.float32)
-    if SINK:
-        sink = tl.load(sink_ptr + head, mask=live, other=0.0) * LOG2E
-    at = token.to(tl.int64) * heads + head
-    part = (token.to(tl.int64) * splits + piece) * heads + head
-    result = out_ptr + request * stride_ob + s * stride_os + head.to(tl.int64) * stride_oh
-    c = tl.arange(0, RANK)
     if WGMMA:
         m, l, acc = _warpgroup_tile(
             q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
             RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-        inverse, lse = _finish(m, l, sink, SINK, SPLIT)
+        inverse, lse = _finish(m, l, sink_ptr + head, live, SINK, SPLIT)
+        c = tl.arange(0, RANK)
         acc = acc * inverse[:, None]
         if SPLIT:
+            part = (token.to(tl.int64) * splits + piece) * heads + head
             tl.store(partial_ptr + part[:, None] * RANK + c[None, :], acc, mask=live[:, None])
         else:
+            result = out_ptr + request * stride_ob + s * stride_os + head.to(tl.int64) * stride_oh
             tl.store(result[:, None] + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
     else:
         m, l, acc_a, acc_b = _plain_tile(
             q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
             RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-        inverse, lse = _finish(m, l, sink, SINK, SPLIT)
+        inverse, lse = _finish(m, l, sink_ptr + head, live, SINK, SPLIT)
         acc_a = acc_a * inverse[:, None]
         acc_b = acc_b * inverse[:, None]
         HALF: tl.constexpr = RANK // 2
         h = tl.arange(0, HALF)
         if SPLIT:
+            part = (token.to(tl.int64) * splits + piece) * heads + head
             tl.store(partial_ptr + part[:, None] * RANK + h[None, :], acc_a, mask=live[:, None])
             tl.store(partial_ptr + part[:, None] * RANK + (HALF + h)[None, :], acc_b, mask=live[:, None])
         else:
+            result = out_ptr + request * stride_ob + s * stride_os + head.to(tl.int64) * stride_oh
             tl.store(result[:, None] + h[None, :], acc_a.to(out_ptr.dtype.element_ty), mask=live[:, None])
             tl.store(result[:, None] + (HALF + h)[None, :], acc_b.to(out_ptr.dtype.element_ty), mask=live[:, None])
     if SPLIT:
-        tl.store(partial_lse_ptr + part, lse, mask=live)
+        tl.store(partial_lse_ptr + (token.to(tl.int64) * splits + piece) * heads + head, lse, mask=live)
     else:
+        at = token.to(tl.int64) * heads + head
         tl.store(lse_ptr + at, lse * LN2, mask=live)
         if MAX_LOGITS:
             tl.store(max_ptr + at, m * LN2, mask=live)
