@@ -71,7 +71,7 @@ def job(into: str, tokens: int, heads: int, layout: str, tune: bool) -> Job:
         return compare(results[0], exact, eager).reason
 
     def launch(config: RopeConfig) -> None:
-        launch_rope(source, cos, sin, None, out, interleaved=layout == "interleaved", config=config)
+        launch_rope(source, cos, sin, None, out, layout=layout, config=config)
 
     candidates: list[tuple[str, Callable[[], Tensors]]] = [
         ("triton", checked(partial(apply_rope, source, cos, sin, layout=layout, out=out))),

@@ -87,7 +87,7 @@ def test_in_place_and_into_the_last_columns(tokens, layout):
 def test_configurations_in_place(config, layout):
     x, table = torch.randn(33, 128, 64, device="cuda", dtype=torch.bfloat16), _table(33, 32)
     expected = apply_rope(x, table.real, table.imag, layout=layout)
-    launch_rope(x, table.real, table.imag, None, x, interleaved=layout == "interleaved", config=config)
+    launch_rope(x, table.real, table.imag, None, x, layout=layout, config=config)
     assert torch.equal(x, expected)
 
 
@@ -156,6 +156,28 @@ def test_operators_keep_their_schemas():
     x = x.detach()
     torch.library.opcheck(ops.apply_rope_out, (x, cos, sin, None, "interleaved", torch.empty_like(x)))
     torch.library.opcheck(ops.apply_rope_, (x, cos, sin, torch.tensor([2, 0, 1], device="cuda"), "interleaved"))
+
+
+def test_calls_that_are_remembered_are_not_confused():
+    # Same x, table and positions; a new result, in place, into something else, the other layout, a wrong out.
+    table, positions = _table(50, 8), torch.randint(0, 50, (5,), device="cuda")
+    room = torch.zeros(5, 6, 40, device="cuda")
+    for _ in range(3):
+        for layout in LAYOUTS:
+            for cos, sin, where in ((table.real, table.imag, positions), (table.real[:5], table.imag[:5], None)):
+                x = torch.randn(5, 6, 48, device="cuda")[..., 32:]
+                expected = apply_rope_reference(x, cos, sin, positions=where, layout=layout)
+                got = apply_rope(x, cos, sin, positions=where, layout=layout)
+                assert got.is_contiguous()
+                torch.testing.assert_close(got, expected)
+                apply_rope(x, cos, sin, positions=where, layout=layout, out=room[..., 24:])
+                torch.testing.assert_close(room[..., 24:], expected)
+                apply_rope(x, cos, sin, positions=where, layout=layout, out=x)
+                torch.testing.assert_close(x, expected)
+                with pytest.raises(ValueError, match="out must have shape"):
+                    apply_rope(x, cos, sin, positions=where, layout=layout, out=room)
+                with pytest.raises(ValueError, match="not differentiable"):
+                    apply_rope(x.requires_grad_(), cos, sin, positions=where, layout=layout, out=room[..., 24:])
 
 
 def test_a_launch_is_remembered_only_for_addresses_aligned_alike():

@@ -84,7 +84,7 @@ def test_in_place(layout):
 def test_configurations(config, layout):
     x, table = torch.randn(5, 3, 8), _table(5, 4)
     out = torch.full_like(x, torch.nan)
-    launch_rope(x, table.real, table.imag, None, out, interleaved=layout == "interleaved", config=config)
+    launch_rope(x, table.real, table.imag, None, out, layout=layout, config=config)
     assert torch.equal(out, apply_rope(x, table.real, table.imag, layout=layout, impl="triton"))
 
 

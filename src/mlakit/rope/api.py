@@ -1,5 +1,7 @@
 """`apply_rope`: validate, choose an implementation, run it."""
 
+from collections.abc import Hashable
+
 import torch
 
 from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose_triton, unobserved
@@ -49,6 +51,55 @@ def apply_rope(
 
     Source: RoFormer (arXiv:2104.09864), section 3.4.2; DeepSeek-V2 (arXiv:2405.04434), section 2.1.3.
     """
+    key = None
+    if x.is_cuda and not torch.compiler.is_compiling():
+        # Checking all of it takes the host longer than the kernel takes the GPU: what was found right once is.
+        tensors = (x, cos, sin, cos if positions is None else positions, x if out is None else out)
+        key = (
+            tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]),
+            positions is None,
+            out is None,
+            layout,
+        )
+        if key in _CHECKED and impl in (None, "triton") and unobserved(x, cos, sin, tensors[4]):
+            if out is None:
+                return ops.run_apply_rope(x, cos, sin, positions, layout, False, key)
+            ops.run_apply_rope_out(x, cos, sin, positions, layout, out, key)
+            return out
+    _check(x, cos, sin, positions, layout, out)
+    cos, sin = (t.detach() if t.requires_grad else t for t in (cos, sin))
+    reason = "it takes no torch.float64" if x.dtype == torch.float64 else None
+    if choose_triton("apply_rope", impl, x, reason) == "reference":
+        return apply_rope_reference(x, cos, sin, positions=positions, layout=layout, out=out)
+    if key is not None:
+        if len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED.add(key)
+    if out is None:
+        return (ops.run_apply_rope if unobserved(x, cos, sin) else ops.apply_rope)(
+            x, cos, sin, positions, layout, False
+        )
+    if out is x:
+        in_place = ops.run_apply_rope_ if unobserved(x, cos, sin) else ops.apply_rope_
+        in_place(x, cos, sin, positions, layout)
+    else:
+        into = ops.run_apply_rope_out if unobserved(x, cos, sin, out) else ops.apply_rope_out
+        into(x, cos, sin, positions, layout, out)
+    return out
+
+
+_CHECKED: set[Hashable] = set()
+_MOST_CHECKED = 4096  # a program that never repeats a shape must not grow for ever
+
+
+def _check(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    layout: str,
+    out: torch.Tensor | None,
+) -> None:
     if x.ndim not in (3, 4):
         raise ValueError(f"x must have shape [T, H, D] or [B, T, H, D], got {list(x.shape)}")
     check_dtype("x", x, *_FLOATS)
@@ -74,18 +125,3 @@ def apply_rope(
         check_last_dim_contiguous("out", out)
         if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
             raise ValueError("out= is not differentiable: expected tensors that require no gradient, got one that does")
-
-    cos, sin = (t.detach() if t.requires_grad else t for t in (cos, sin))
-    reason = "it takes no torch.float64" if x.dtype == torch.float64 else None
-    if choose_triton("apply_rope", impl, x, reason) == "reference":
-        return apply_rope_reference(x, cos, sin, positions=positions, layout=layout, out=out)
-    if out is None:
-        run = ops.run_apply_rope if unobserved(x, cos, sin) else ops.apply_rope
-        return run(x, cos, sin, positions, layout, False)
-    if out is x:
-        in_place = ops.run_apply_rope_ if unobserved(x, cos, sin) else ops.apply_rope_
-        in_place(x, cos, sin, positions, layout)
-    else:
-        into = ops.run_apply_rope_out if unobserved(x, cos, sin, out) else ops.apply_rope_out
-        into(x, cos, sin, positions, layout, out)
-    return out

@@ -2,6 +2,7 @@
 `mlakit::apply_rope_`.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -28,12 +29,15 @@ def run_apply_rope(
     positions: torch.Tensor | None,
     layout: str,
     inverse: bool,
+    key: Hashable = None,
 ) -> torch.Tensor:
-    """What `mlakit::apply_rope` does, without the dispatcher. `inverse` turns by the opposite angles."""
+    """What `mlakit::apply_rope` does, without the dispatcher. `inverse` turns by the opposite angles; `key` is
+    `launch_rope`'s.
+    """
     from mlakit.rope.triton_rope import launch_rope
 
     out = x.new_empty(x.shape)
-    launch_rope(x, cos, sin, positions, out, interleaved=layout == "interleaved", inverse=inverse)
+    launch_rope(x, cos, sin, positions, out, layout=layout, inverse=inverse, key=key)
     return out
 
 
@@ -44,11 +48,12 @@ def run_apply_rope_out(
     positions: torch.Tensor | None,
     layout: str,
     out: torch.Tensor,
+    key: Hashable = None,
 ) -> None:
-    """What `mlakit::apply_rope_out` does, without the dispatcher."""
+    """What `mlakit::apply_rope_out` does, without the dispatcher; `key` is `launch_rope`'s."""
     from mlakit.rope.triton_rope import launch_rope
 
-    launch_rope(x, cos, sin, positions, out, interleaved=layout == "interleaved")
+    launch_rope(x, cos, sin, positions, out, layout=layout, key=key)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
