@@ -81,7 +81,7 @@ def test_the_seeds_command(mlakit, tmp_path, small):
     assert "- For decode: " in summary
     assert "its times say nothing of a GPU's" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
-    assert done.stderr.startswith("saved: benchmark_results/record.json, ")
+    assert done.stderr.startswith("saved in benchmark_results: record.json, ")
     assert done.stderr.count("\n") == 1
 
 

@@ -51,9 +51,10 @@ def plot_panels(panels: Sequence[Sequence[Panel]], title: str, path: Path) -> bo
                     style = {"color": colour, "marker": marker, "markersize": 4}
                     (handles[implementation],) = axis.plot(x, y, label=implementation, **style)
             axis.set_title(panel.title, fontsize=9)
-            tokens = sorted({row.seq_len for row in rows})
             axis.set_xscale("log", base=2)
-            axis.set_xticks(tokens, [str(n) for n in tokens])
+            ticks = _apart(sorted({row.seq_len for row in rows}))
+            axis.set_xticks(ticks, [str(n) for n in ticks])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -69,3 +70,12 @@ def plot_panels(panels: Sequence[Sequence[Panel]], title: str, path: Path) -> bo
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, format="png")
     return True
+
+
+def _apart(tokens: Sequence[int]) -> list[int]:
+    """Those far enough from one another on a log scale for their labels, the largest among them."""
+    kept: list[int] = []
+    for n in reversed(tokens):
+        if not kept or n * 1.3 <= kept[-1] or tokens[-1] < 1.3 * tokens[0]:
+            kept.append(n)
+    return kept[::-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -218,14 +219,8 @@ def run(args: argparse.Namespace) -> int:
     for title, lines in (("Findings", findings(rows)), ("Recommendations", recommendations(rows))):
         print(f"\n{title}:")
         print("\n".join(f"  - {line}" for line in lines) or "  none")
-    _say_saved([*saved, report])
+    print(f"saved in {folder}: {', '.join(path.name for path in [*saved, report])}", file=sys.stderr)
     return 1 if any(row.wrong for row in rows) or not any(row.median for row in rows) else 0
-
-
-def _say_saved(paths: Sequence[Path]) -> None:
-    import sys
-
-    print(f"saved: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 def _notes(options: Options, sizes: Sizes, *, given: bool) -> list[str]:
