@@ -47,9 +47,10 @@ TUNED_PREFILL = [
     SparseConfig(64, 64, 8, 3, wgmma=True), SparseConfig(64, 64, 8, 2, wgmma=True), SparseConfig(64, 64, 8, 2),
     SparseConfig(64, 32, 8, 3), SparseConfig(64, 32, 8, 4), SparseConfig(32, 64, 8, 3), SparseConfig(16, 32, 4, 3, 2),
 ]  # fmt: skip
-TUNED_DECODE = [
-    SparseConfig(16, 32, 4, 3, 2), SparseConfig(16, 32, 8, 3), SparseConfig(16, 64, 8, 2), SparseConfig(32, 32, 8, 3),
-    SparseConfig(32, 64, 8, 2), SparseConfig(64, 32, 8, 2),
+TUNED_FP8 = [
+    SparseConfig(64, 64, 8, 3, wgmma=True), SparseConfig(64, 64, 8, 2, wgmma=True),
+    SparseConfig(64, 32, 8, 3, wgmma=True), SparseConfig(16, 32, 4, 3, 2), SparseConfig(16, 32, 8, 3),
+    SparseConfig(16, 64, 8, 2), SparseConfig(32, 32, 8, 3), SparseConfig(32, 32, 8, 2, 2),
 ]  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     if peer and fp8:
         candidates.append(("flash_mla", theirs))
     if tune:
-        forms = TUNED_DECODE if fp8 else TUNED_PREFILL
+        forms = TUNED_FP8 if fp8 else TUNED_PREFILL
         candidates += [(named(config), configured(config, None)) for config in forms]
     dtype = "fp8" if fp8 else "bfloat16"
     return Job(

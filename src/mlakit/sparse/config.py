@@ -23,7 +23,7 @@ class SparseConfig:
         row = item_bytes * (rank + rope)
         keys = buffers * self.block_n * (rank + 4 * (rank // 128) + 2 * rope if fp8 else row)
         dequantized = self.block_n * item_bytes * rank if fp8 else 0
-        return keys + dequantized + self.block_m * (row + item_bytes * self.block_n) + 2048
+        return keys + dequantized + self.block_m * (row + item_bytes * self.block_n) + 1024
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
@@ -53,10 +53,10 @@ def choose_config(
 
 def _preferred(group: int, rank: int, fp8: bool, capability: tuple[int, int]) -> SparseConfig:
     large = shared_limit(capability) > 200 * 1024
-    if fp8:
-        return SparseConfig(16, 32, 8, 3) if group <= 16 else SparseConfig(32, 32, 8, 3)
     if capability[0] == 9 and group > 32 and rank in (256, 512):
         return SparseConfig(64, 64, 8, 3, wgmma=True)
+    if fp8:
+        return SparseConfig(16, 32, 8, 3) if group <= 16 else SparseConfig(32, 32, 8, 3)
     if group <= 16 or shared_limit(capability) < 128 * 1024:
         return SparseConfig(16, 32, 4, 3, 2 if large else 1)
     return SparseConfig(32, 64, 8, 3) if large else SparseConfig(32, 32, 8, 3)

@@ -114,7 +114,7 @@ def _plain_tile(
 @triton.jit
 def _warpgroup_tile(
     q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
-    RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    RANK: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for 64 rows on Hopper: the largest score, the sum of weights, the weighted sum.
@@ -142,15 +142,9 @@ def _warpgroup_tile(
     for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         valid = (index >= 0) & (index < s_kv)
         offset = _offsets(index, stride_kp, stride_kt, PAGE_SIZE)
-        if FP8:
-            k_c = tl.trans(_dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE).to(q_c.dtype))
-        else:
-            k_c = tl.load(kv_ptr + offset[None, :] + c[:, None], mask=valid[None, :], other=0.0)
+        k_c = tl.load(kv_ptr + offset[None, :] + c[:, None], mask=valid[None, :], other=0.0)
         if ROPE > 0:
-            if FP8:
-                k_r = tl.trans(_rope(kv_ptr, offset, valid, r, RANK, FP8).to(q_c.dtype))
-            else:
-                k_r = tl.load(kv_ptr + RANK + offset[None, :] + r[:, None], mask=valid[None, :], other=0.0)
+            k_r = tl.load(kv_ptr + RANK + offset[None, :] + r[:, None], mask=valid[None, :], other=0.0)
             if i < end:
                 s = tl.dot(tl.trans(k_c), q_c) * scale_log2 + tl.dot(tl.trans(k_r), q_r) * scale_log2
             else:
@@ -170,6 +164,53 @@ def _warpgroup_tile(
         m = m_new
         acc = tl.dot(tl.trans(p.to(k_c.dtype)), tl.trans(k_c), acc * alpha[:, None])
     return m, tl.sum(tl.sum(l, 0), 0), acc
+
+
+@triton.jit
+def _warpgroup_fp8_tile(
+    q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
+    RANK: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_warpgroup_tile` for the float8 cache: keys pass through registers, so that scores are heads x keys (the second
+    operand is the one that is always read from shared memory, where the dequantized tile lies once for both products).
+    """
+    c = tl.arange(0, RANK)
+    r = tl.arange(0, ROPE if ROPE > 0 else 16)
+    n = tl.arange(0, BLOCK_N)
+    q_c = tl.load(q_at[:, None] + c[None, :], mask=live[:, None], other=0.0)
+    q_r = q_c
+    if ROPE > 0:
+        q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=live[:, None], other=0.0)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_M, 2], tl.float32)
+    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
+    index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
+    for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        valid = (index >= 0) & (index < s_kv)
+        offset = _offsets(index, stride_kp, stride_kt, PAGE_SIZE)
+        k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE).to(q_c.dtype)
+        if ROPE > 0:
+            k_r = _rope(kv_ptr, offset, valid, r, RANK, True).to(q_c.dtype)
+            if i < end:
+                s = tl.dot(q_c, tl.trans(k_c)) * scale_log2 + tl.dot(q_r, tl.trans(k_r)) * scale_log2
+            else:
+                s = tl.dot(q_r, tl.trans(k_r))
+        else:
+            if i < end:
+                s = tl.dot(q_c, tl.trans(k_c)) * scale_log2
+            else:
+                s = tl.dot(q_c, tl.trans(k_c))
+        s = tl.where(valid[None, :], s, -float("inf"))
+        index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m - shift)
+        p = tl.exp2(s - shift[:, None])
+        l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, 2, BLOCK_N // 2]), 2)
+        m = m_new
+        acc = tl.dot(p.to(k_c.dtype), k_c, acc * alpha[:, None])
+    return m, tl.sum(l, 1), acc
 
 
 @triton.jit
@@ -261,10 +302,16 @@ def _mla_sparse_kernel(
     kv_ptr += kv_head.to(tl.int64) * stride_kh
     indices_ptr += request * stride_ib + s * stride_is + kv_head.to(tl.int64) * stride_ih
     if WGMMA:
-        m, l, acc = _warpgroup_tile(
-            q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
-            RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
-        )  # fmt: skip
+        if FP8:
+            m, l, acc = _warpgroup_fp8_tile(
+                q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
+                RANK, ROPE, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
+        else:
+            m, l, acc = _warpgroup_tile(
+                q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, stride_kt,
+                RANK, ROPE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
         inverse, lse = _finish(m, l, sink_ptr + head, live, SINK, SPLIT)
         c = tl.arange(0, RANK)
         acc = acc * inverse[:, None]
