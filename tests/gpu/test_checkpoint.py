@@ -19,7 +19,9 @@ def _layer(kind, device="cuda"):
 def test_loaded_on_the_gpu(tmp_path, naming):
     for source_kind in ("bf16", "fp8"):
         source, path = _layer(source_kind, "cpu"), tmp_path / f"{source_kind}.safetensors"
-        source.wo.weight.view(torch.uint8)[::2] = source.wo.weight.view(torch.uint8)[1]  # not what every layer begins with
+        source.wo.weight.view(torch.uint8)[::2] = source.wo.weight.view(torch.uint8)[
+            1
+        ]  # not what every layer begins with
         save_checkpoint(source, path, layer=1, naming=naming)
         for kind in ("bf16", "fp8"):
             layer = _layer(kind)
