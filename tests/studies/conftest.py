@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SUPPORT = Path(__file__).parents[1] / "support"
+ROOT = Path(__file__).parents[2]
 # A layer that any machine runs in a millisecond, timed once.
 SMALL = (
     "--device", "cpu", "--dim", "32", "--heads", "2", "--nope-dims", "16", "--rope-dims", "8", "--v-dims", "16",
@@ -24,7 +24,7 @@ def mlakit(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs the command in an empty folder; returns the finished process."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        path = f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         return subprocess.run(
             [sys.executable, "-m", "mlakit", *arguments],
             capture_output=True,

@@ -73,14 +73,18 @@ def test_original_and_optimized_take_the_paths_they_stand_for(small, monkeypatch
     assert set(taken) == {(256, seq_len, causal) for seq_len in (9, 256) for causal in (True, False)}
 
 
-def test_somebody_elses_layer_as_the_baseline(mlakit, small):
+def test_deepseeks_own_layer_as_the_baseline(mlakit, small):
     flags = [*small, "--batch-size", "2", "--seq-lengths", "16"]
-    done = mlakit("study", "fast-path", *flags, "--baseline", "deepseek_like:Layer")
+    done = mlakit("study", "fast-path", *flags, "--baseline", "tests.support.baselines:deepseek")
     assert done.returncode == 0, done.stderr
-    assert "original: deepseek_like:Layer" in done.stdout
-    done = mlakit("study", "fast-path", *flags, "--baseline", "deepseek_like:Wrong")
-    assert done.returncode == 1
-    assert "16 tokens, original: wrong result: off by" in done.stdout
+    assert "original: tests.support.baselines:deepseek" in done.stdout
+    assert "wrong" not in done.stdout
+
+
+def test_a_wrong_baseline_gets_no_time(small, capsys):
+    flags = ["--batch-size", "2", "--seq-lengths", "16", "--baseline", "tests.support.baselines:forgetful"]
+    assert main(["study", "fast-path", *small, *flags]) == 1
+    assert "16 tokens, original: wrong result: off by" in capsys.readouterr().out
 
 
 def test_a_wrong_short_path_gets_no_time(small, replace_attend, capsys):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
         models = {
             "original": partial(layers.model, "naive", fast_path_tokens=0)
             if make is None
-            else partial(layers.adopt, make, fast_path_tokens=0),
+            else cache(partial(layers.adopt, make, fast_path_tokens=0)),
             "optimized": partial(layers.model, "naive"),
             "fused": partial(layers.model, "fused"),
         }
