@@ -18,6 +18,7 @@ class HopperConfig:
     least: int = 1  # steps of a piece: fewer cost more to start and to merge than to compute
     prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
     early: bool = True
+    parts: int = 4
     worker_registers: int = 240
     max_registers: int = 255
 

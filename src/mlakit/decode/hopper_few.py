@@ -27,6 +27,7 @@ from mlakit.decode.hopper_parts import (
     _merge_chunks,
     _merge_rows,
     _prefetch,
+    _same_for_warp,
     _tile_row,
     _zero_tail,
 )
@@ -116,7 +117,7 @@ def _mla_decode_few_kernel(
             for step in range(first, last):
                 phase = passed & 1
                 passed += 1
-                z = step * zero
+                z = _same_for_warp(step * zero)
                 at = step * 64
                 more = step + 1 < last
                 if PREFETCH:

@@ -33,6 +33,7 @@ from mlakit.decode.hopper_parts import (
     _leave,
     _merge_rows,
     _prefetch,
+    _same_for_warp,
     _tile_row,
     _zero_tail,
 )
@@ -63,15 +64,30 @@ def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q_near, q_far, q_rope, k_near, k_far, k_rope, full_near, full_far, phase, layout: gl.constexpr):
-    """Q K^T of a tile: the half that was asked for by this warpgroup, and the rope part, first."""
+def _add_scores(s, queries, keys, full, phase, zero, Q: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr):
+    """s + Q K^T over half of the columns, in PARTS parts. To prepare the descriptors of 16 products takes as long as 8 of
+    them; to look at the barrier again, which has turned, keeps ptxas from preparing all of them before it issues one.
+    """
+    WIDTH: gl.constexpr = 256 // PARTS
+    for part in gl.static_range(PARTS):
+        mbarrier.wait(full.index(K), phase)
+        q = queries.index(zero + Q).slice(part * WIDTH, WIDTH, 1)
+        k = keys.index(zero + K).slice(part * WIDTH, WIDTH, 1)
+        s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _start_scores(
+    queries, keys, ropes, q_rope, full, phase, zero, layout: gl.constexpr, TILE: gl.constexpr, NEAR: gl.constexpr,
+    PARTS: gl.constexpr,
+):  # fmt: skip
+    """Q K^T of a tile: first the rope part and the half that came with it. Not waited for."""
     s = gl.zeros([64, 64], gl.float32, layout)
-    mbarrier.wait(full_near, phase)
-    s = warpgroup_mma(q_near, k_near.permute((1, 0)), s, use_acc=False, is_async=True)
-    s = warpgroup_mma(q_rope, k_rope.permute((1, 0)), s, is_async=True)
-    mbarrier.wait(full_far, phase)
-    s = warpgroup_mma(q_far, k_far.permute((1, 0)), s, is_async=True)
-    return warpgroup_mma_wait(0, [s])
+    mbarrier.wait(full.index(2 * TILE + NEAR), phase)
+    s = warpgroup_mma(q_rope, ropes.index(zero + TILE).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = _add_scores(s, queries, keys, full, phase, zero, NEAR, 2 * TILE + NEAR, PARTS)
+    return _add_scores(s, queries, keys, full, phase, zero, 1 - NEAR, 2 * TILE + 1 - NEAR, PARTS)
 
 
 @gluon.jit
@@ -88,7 +104,7 @@ def _attend(
     partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = k_desc.dtype
@@ -146,7 +162,7 @@ def _attend(
             for pair in range(first, last):
                 phase = passed & 1
                 passed += 1
-                z = pair * zero
+                z = _same_for_warp(pair * zero)
                 at = pair * 128
                 more = pair + 1 < last
                 if PREFETCH:
@@ -177,10 +193,8 @@ def _attend(
                     fence_async_shared()
                     _barrier()
                 if W == 0:
-                    s = _scores(
-                        queries.index(z), queries.index(z + 1), q_rope, k_al, k_ar, ropes.index(z),
-                        full.index(0), full.index(1), phase, score,
-                    )  # fmt: skip
+                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 0, 0, PARTS)
+                    s = warpgroup_mma_wait(0, [s])
                     if at + 64 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
@@ -217,12 +231,7 @@ def _attend(
                     _barrier()
                     _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more)
                 elif EARLY:
-                    s = gl.zeros([64, 64], gl.float32, score)
-                    mbarrier.wait(full.index(3), phase)
-                    s = warpgroup_mma(queries.index(z + 1), k_br.permute((1, 0)), s, use_acc=False, is_async=True)
-                    s = warpgroup_mma(q_rope, ropes.index(z + 1).permute((1, 0)), s, is_async=True)
-                    mbarrier.wait(full.index(2), phase)
-                    s = warpgroup_mma(queries.index(z), k_bl.permute((1, 0)), s, is_async=True)
+                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1, PARTS)
                     mbarrier.wait(told_m, phase)
                     m = maxima.index(0).load(of_row)
                     earlier = factors.index(0).load(of_row)
@@ -254,10 +263,8 @@ def _attend(
                     _barrier()
                     _fill_half_and_rope(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more)
                 else:
-                    s = _scores(
-                        queries.index(z + 1), queries.index(z), q_rope, k_br, k_bl, ropes.index(z + 1),
-                        full.index(3), full.index(2), phase, score,
-                    )  # fmt: skip
+                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1, PARTS)
+                    s = warpgroup_mma_wait(0, [s])
                     if at + 128 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     own_max = gl.max(s, 1) * scale_log2
@@ -374,13 +381,17 @@ def _attend(
 
 
 @gluon.jit
-def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr):
-    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY)
+def _left(
+    args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr
+):
+    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)
 
 
 @gluon.jit
-def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr):
-    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY)
+def _right(
+    args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr
+):
+    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -404,7 +415,7 @@ def _mla_decode_many_kernel(
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
     batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
-    EARLY: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    EARLY: gl.constexpr, PARTS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
@@ -443,7 +454,7 @@ def _mla_decode_many_kernel(
         queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_left, (args, CAUSAL, PAGE, PREFETCH, EARLY)), (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY))],
+        [(_left, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)), (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS))],
         [4],
         [WORKER_REGISTERS],
     )

@@ -79,6 +79,14 @@ def _leave(counter_ptr, arrivals):
 
 
 @gluon.jit
+def _same_for_warp(value):
+    """`value`, which all threads of a warp have in common, so that the compiler knows that they do."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _prefetch(ptr, num_bytes, wanted):
     """Ask for contiguous bytes to be brought into L2; one thread of the warpgroup asks."""
     gl.inline_asm_elementwise(
