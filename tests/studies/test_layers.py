@@ -290,9 +290,9 @@ def test_findings_about_launching_and_graphs(shape):
     ]
     text = "\n".join(findings(rows))
     assert "Decode: naive is the fastest" in text
-    assert "Decode, cuda graph: fused is the fastest" in text
+    assert "Decode, CUDA graph: fused is the fastest" in text
     assert "in 1 of 2 eager decode rows the host takes longer than the GPU, at most 500 µs for 100 µs of work" in text
-    assert "a CUDA graph makes fused's decode 5.00x to 5.00x as fast" in text
+    assert "a CUDA graph makes fused's decode 5.00x as fast" in text
     assert "Decode with fused from a CUDA graph: 5.00x on average" in recommendations(rows)
     assert "For decode, CUDA graph: fused, the fastest" in "\n".join(recommendations(rows))
     assert rows[1].tokens_per_s == pytest.approx(8 / 5e-4)

@@ -27,9 +27,14 @@ def markdown(rows: Sequence[Row], device: str, stamp: dict[str, Any], notes: Seq
         *(f"- {line}" for line in recommendations(rows) or ["None: no two implementations were measured."]),
     ]
     for mine in groups(rows, lambda row: (row.shape, row.phase, row.mode)):
-        lines += ["", f"## {title_of(mine[0].phase, mine[0].mode).capitalize()}: {mine[0].shape.title}", ""]
+        lines += ["", f"## {_heading(mine[0])}: {mine[0].shape.title}", ""]
         lines += _tables(mine)
     return "\n".join(lines) + "\n"
+
+
+def _heading(row: Row) -> str:
+    title = title_of(row.phase, row.mode)
+    return title[0].upper() + title[1:]
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -95,7 +100,7 @@ def _by_shape(rows: Sequence[Row], about: Callable[[Sequence[Row]], list[str]]) 
 def _findings(rows: Sequence[Row]) -> list[str]:
     found: list[str] = []
     for mine in groups(rows, lambda row: (row.phase, row.mode)):
-        name = title_of(mine[0].phase, mine[0].mode).capitalize()
+        name = _heading(mine[0])
         jobs = [job for job in groups(mine) if sum(row.seconds is not None for row in job) > 1]
         if jobs:
             found.append(f"{name}: {_who_wins(jobs)}")
@@ -136,13 +141,13 @@ def _over_naive(jobs: Sequence[Sequence[Row]]) -> Iterator[str]:
             if naive and row.seconds and row.implementation != "naive":
                 factors.setdefault(row.implementation, []).append(naive / row.seconds)
     for name, found in factors.items():
-        if len(found) == 1:
-            yield f"{name} is {found[0]:.2f}x as fast as naive"
-            continue
-        yield (
-            f"{name} is {min(found):.2f}x to {max(found):.2f}x as fast as naive "
-            f"(geometric mean {_mean(found):.2f}x over {len(found)} sizes)"
-        )
+        mean = f" (geometric mean {_mean(found):.2f}x over {len(found)} sizes)" if len(found) > 1 else ""
+        yield f"{name} is {_span(found)} as fast as naive{mean}"
+
+
+def _span(factors: Sequence[float]) -> str:
+    low, high = f"{min(factors):.2f}x", f"{max(factors):.2f}x"
+    return low if low == high else f"{low} to {high}"
 
 
 def _mean(factors: Sequence[float]) -> float:
@@ -164,12 +169,13 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Memory: a {phase} of {job[0].size} takes on top of weights, inputs and cache: {listed}"
     caches: dict[str, float] = {}
     for row in rows:
-        if row.cache_mib and row.implementation not in caches:
-            caches[row.implementation] = row.cache_mib * 2**20 / (row.batch * row.seq_len)
+        if row.cache_mib:  # the least of all sizes, as the unused end of a page is no part of a token
+            each = row.cache_mib * 2**20 / (row.batch * row.seq_len)
+            caches[row.implementation] = min(each, caches.get(row.implementation, each))
     if len(set(caches.values())) > 1:
         least, most = min(caches.values()), max(caches.values())
         listed = ", ".join(f"{name} {size:,.0f}" for name, size in sorted(caches.items(), key=lambda item: item[1]))
-        yield f"Memory: cache in bytes a token (unfilled ends of pages included): {listed}: {most / least:.1f}x apart"
+        yield f"Memory: cache in bytes a token: {listed}: {most / least:.1f}x apart"
 
 
 def _host(rows: Sequence[Row]) -> Iterator[str]:
@@ -185,7 +191,7 @@ def _host(rows: Sequence[Row]) -> Iterator[str]:
             )
     gains = _graph_gains(rows)
     for name, factors in gains.items():
-        yield f"Launching: a CUDA graph makes {name}'s decode {min(factors):.2f}x to {max(factors):.2f}x as fast"
+        yield f"Launching: a CUDA graph makes {name}'s decode {_span(factors)} as fast"
 
 
 def _graph_gains(rows: Sequence[Row]) -> dict[str, list[float]]:
