@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlakit.studies import correctness, fast_path, k_concat, layers
+from mlakit.studies import correctness, fast_path, k_concat, layers, sparse_prefill
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,3 +48,11 @@ def add_parser(subparsers: Any) -> None:
     )
     fast_path.add_arguments(short)
     short.set_defaults(run=fast_path.run)
+    sparse = studies.add_parser(
+        "sparse-prefill",
+        help="attention to selected keys against attention to all: the DeepSeek Sparse Attention demonstration",
+        description="Time naive PyTorch, dense attention in three forms and sparse kernels, each checked first.",
+        allow_abbrev=False,
+    )
+    sparse_prefill.add_arguments(sparse)
+    sparse.set_defaults(run=sparse_prefill.run)
