@@ -4,9 +4,9 @@
     python benchmarks/h200/decode.py results.json --tune    # some rows, with every launch configuration worth a try
     python benchmarks/h200/decode.py results.json --rows 1x16    # rows whose name, {b}x{h}x{s}, starts so
 
-vLLM's Triton decode and FlashMLA take part where they can be imported. A time is the whole operation as a caller calls
-it: every kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a number of splits
-from its caller: `vllm_triton` is the best of several, `vllm_triton_default` the 4 that vLLM passes.
+vLLM's Triton decode, FlashMLA and FlashAttention-3 take part where they can be imported. A time is the whole operation
+as a caller calls it: every kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a
+number of splits from its caller: `vllm_triton` is the best of several, `vllm_triton_default` the 4 that vLLM passes.
 """
 
 import argparse
@@ -23,16 +23,19 @@ import torch
 from mlakit.bench.timing import Timing, time_calls
 from mlakit.decode import mla_decode, mla_decode_reference
 from mlakit.decode.triton_launch import DecodeConfig, _launch_decode
+from mlakit.hardware import capability
 from mlakit.testing import compare, compare_lse, poison_
 
 # batch, heads, keys: the table of dense MLA decode, in its order.
 ROWS = [
     (1, 16, 8192), (1, 16, 131072), (16, 16, 1024), (32, 16, 8192), (64, 16, 4096), (128, 16, 2048), (128, 16, 8192),
     (64, 32, 4096), (128, 32, 8192), (64, 64, 4096), (128, 64, 8192), (1, 128, 8192), (1, 128, 131072), (16, 128, 1024),
-    (32, 128, 8192), (64, 128, 4096), (128, 128, 2048), (128, 128, 8192),
+    (32, 128, 4096), (32, 128, 8192), (64, 128, 4096), (128, 128, 2048), (128, 128, 8192),
 ]  # fmt: skip
 # Lengths normally distributed, deviation half the mean; batch, heads, mean keys, new tokens.
-RAGGED = [(128, 128, 4096, 1), (128, 128, 4096, 2), (128, 16, 4096, 1)]
+RAGGED = [(128, 128, 4096, 1), (128, 128, 4096, 2), (128, 128, 16384, 1), (128, 16, 4096, 1)]
+# Several new tokens: batch, heads, keys, new tokens.
+SPECULATIVE = [(64, 128, 4096, 4), (16, 16, 8192, 4)]
 SCALE = 192**-0.5
 RANK, LATENT, PAGE = 512, 576, 64
 VLLM_SPLITS = (4, 8, 16, 32, 64)
@@ -118,6 +121,11 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
         return mla_decode(*row.inputs, softmax_scale=SCALE, out=out, impl="triton")
 
     yield "triton", default
+    if capability("cuda") == (9, 0):
+        yield (
+            "hopper",
+            lambda: mla_decode(*row.inputs, softmax_scale=SCALE, out=out, impl="hopper"),
+        )
     if not tune:
         return
     rows = row.q.shape[1] * row.q.shape[2]
@@ -180,6 +188,28 @@ def flash_mla(row: Row) -> Iterator[Candidate]:
     yield "flash_mla", call
 
 
+def flash_attention_3(row: Row) -> Iterator[Candidate]:
+    try:
+        module = importlib.import_module("vllm.vllm_flash_attn.flash_attn_interface")
+    except (ImportError, OSError) as error:
+        print(f"no FlashAttention-3: {error}", file=sys.stderr)
+        return
+    batch, q_len = row.q.shape[:2]
+    q, keys = row.q.flatten(0, 1), row.cache[:, :, None]
+    bounds = torch.arange(0, batch * q_len + 1, q_len, dtype=torch.int32, device="cuda")
+    longest = int(row.lens.max())
+
+    def call() -> tuple[torch.Tensor, None]:
+        out = module.flash_attn_varlen_func(
+            q[..., RANK:], keys[..., RANK:], keys[..., :RANK], q_v=q[..., :RANK], max_seqlen_q=q_len,
+            cu_seqlens_q=bounds, max_seqlen_k=longest, seqused_k=row.lens, block_table=row.table, softmax_scale=SCALE,
+            causal=True, fa_version=3,
+        )  # fmt: skip
+        return out, None
+
+    yield "fa3", call
+
+
 def measure(row: Row, candidate: Candidate, repeats: int, graph: bool) -> tuple[Timing | None, str]:
     """Time a candidate if it runs and is right; else say why not."""
     call = candidate[1]
@@ -198,7 +228,7 @@ def measure(row: Row, candidate: Candidate, repeats: int, graph: bool) -> tuple[
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
 
 
-def record(row: Row, name: str, timing: Timing, peer: float | None) -> dict[str, Any]:
+def record(row: Row, name: str, timing: Timing, peer: float | None, best: float | None) -> dict[str, Any]:
     batch, q_len, heads, _ = row.q.shape
     return {
         "op": "mla_decode",
@@ -214,7 +244,9 @@ def record(row: Row, name: str, timing: Timing, peer: float | None) -> dict[str,
         "ci95_s": list(timing.ci95),
         "tb_per_s": row.least_bytes / timing.median * 1e-12,
         "tflop_per_s": row.flops / timing.median * 1e-12,
+        "host_s": timing.host,
         "ratio_to_peer": peer / timing.median if peer else None,
+        "ratio_to_best_peer": best / timing.median if best else None,
     }
 
 
@@ -232,6 +264,10 @@ def rows(wanted: str | None, tune: bool) -> Iterator[Row]:
             generator = torch.Generator().manual_seed(0)
             lens = (torch.randn(batch, generator=generator) * mean / 2 + mean).clamp(min=q_len).int().tolist()
             yield build(name, lens, heads, q_len)
+    for batch, heads, keys, q_len in SPECULATIVE:
+        name = f"{batch}x{heads}x{keys} q{q_len}"
+        if is_wanted(name):
+            yield build(name, [keys] * batch, heads, q_len)
 
 
 def main() -> None:
@@ -247,7 +283,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for row in rows(args.rows, args.tune):
         peers: dict[str, Timing] = {}
-        for candidate in [] if args.no_peers else [*vllm_triton(row), *flash_mla(row)]:
+        for candidate in [] if args.no_peers else [*vllm_triton(row), *flash_mla(row), *flash_attention_3(row)]:
             timing, reason = measure(row, candidate, args.repeats, args.cuda_graph)
             family = candidate[0].split(" splits ")[0]
             if timing is None:
@@ -258,6 +294,7 @@ def main() -> None:
             if candidate[0] == f"vllm_triton splits {VLLM_DEFAULT_SPLITS}":
                 peers["vllm_triton_default"] = timing
         peer = peers["vllm_triton"].median if "vllm_triton" in peers else None
+        best = min((timing.median for timing in peers.values()), default=None)
         found = list(peers.items())
         for candidate in ours(row, args.tune):
             timing, reason = measure(row, candidate, args.repeats, args.cuda_graph)
@@ -266,8 +303,9 @@ def main() -> None:
             else:
                 found.append((candidate[0], timing))
         for name, timing in sorted(found, key=lambda item: item[1].median):
-            entry = record(row, name, timing, peer)
+            entry = record(row, name, timing, peer, best)
             ratio = f"{entry['ratio_to_peer']:6.2f}x" if peer else "      -"
+            ratio += f", best peer {entry['ratio_to_best_peer']:5.2f}x" if best else ""
             print(
                 f"{row.name:24} {name:40} {timing.median * 1e6:9.1f} us {entry['tb_per_s']:6.2f} TB/s "
                 f"{entry['tflop_per_s']:6.0f} TFLOP/s  vs vllm_triton {ratio}",
