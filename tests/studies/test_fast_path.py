@@ -101,6 +101,13 @@ def test_a_wrong_short_path_gets_no_time(small, replace_attend, capsys):
     assert "Original and optimized were nowhere both measured" in out
 
 
+def test_a_float8_cache_is_fuseds_alone(small, capsys):
+    flags = ["--cache-dtype", "fp8", "--kv-lora-rank", "128", "--batch-size", "1", "--seq-lengths", "16"]
+    assert main(["study", "fast-path", *small, *flags]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("16 |")]
+    assert all(float(cell) > 0 for cell in (line.split("|")[i] for i in (2, 3, 6)))
+
+
 def test_running_out_of_memory_is_a_cell(small, replace_attend, capsys):
     def spoil(attend):
         def run(layer, x, step):

@@ -74,6 +74,8 @@ def test_the_tolerance_is_the_seeds_unless_activations_or_cache_are_float8():
         ("layers", ["--model", "deepseek-v4"], "--model: unknown model 'deepseek-v4'; did you mean"),
         ("layers", ["--rope-dims", "64", "63"], "--rope-dims: expected even numbers, as rope turns pairs, got 63"),
         ("layers", ["--heads", "-1"], "--heads: expected a whole number of at least 1, got '-1'"),
+        ("layers", ["--cache-dtype", "fp8", "--kv-lora-rank", "96"], "kv_lora_rank that is a multiple of 128, got 96"),
+        ("correctness", ["--cache-dtype", "fp8", "--implementations", "naive"], "is for absorb and fused"),
         ("layers", ["--trials", "0"], "--trials: expected a whole number of at least 1, got '0'"),
         ("layers", ["--warmup", "-2"], "--warmup: expected a whole number of at least 0, got '-2'"),
         ("layers", ["--device", "cuda:99"], "no device cuda:99"),

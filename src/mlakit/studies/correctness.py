@@ -181,9 +181,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None and (not args.output.name or args.output.is_dir()):
         raise ValueError(f"--output: expected a prefix of file names, got the folder {str(args.output)!r}")
+    info, (shape,) = device_info(options.device), options.shapes
+    layers = Layers(shape, options, sizes.batches[-1], sizes.seq_lens[-1] + sizes.decode_steps)
+    layers.require_possible()
     folder = output_folder(args.output.parent if args.output else None, "correctness", "--output")
     prefix = folder / (args.output.name if args.output else "correctness")
-    info, (shape,) = device_info(options.device), options.shapes
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, tolerance {options.tolerance:g}")
     if not options.is_cuda:
         if args.model is args.min_seq_len is args.max_seq_len is args.batch_sizes is None:
@@ -203,7 +205,6 @@ def run(args: argparse.Namespace) -> int:
             "cpu_threads": threads,
             "complete": False,
         }
-        layers = Layers(shape, options, sizes.batches[-1], sizes.seq_lens[-1] + sizes.decode_steps)
         total = len(sizes.batches) * len(sizes.seq_lens) * (len(options.implementations) + 1)
         with progress(total) as begin:
             for batch in sizes.batches:

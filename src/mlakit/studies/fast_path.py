@@ -32,6 +32,7 @@ CPU_BATCH_SIZE = 4
 # Few rows, whose differences matter: other processes on the machine blur those of a handful of calls.
 CPU_TRIALS = 20
 OURS = "ours"
+_NAIVE = {"cache_dtype": "bf16"}  # naive keeps no latent, whatever fused's cache is to be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def measure_length(
 
     from mlakit.studies.layer_steps import free_memory, reason_of
 
-    row = Row(seq_len, batch, layers.args("naive").fast_path_tokens)
+    row = Row(seq_len, batch, layers.args("naive", **_NAIVE).fast_path_tokens)
     picked = sorted({0, batch - 1})
     failures = (RuntimeError, MemoryError, ValueError, NotImplementedError)
     with torch.no_grad():
@@ -162,10 +163,12 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.studies.cpu_threads import steady_threads
     from mlakit.studies.layer_steps import Layers, progress, stamp
 
+    info, (shape,) = device_info(options.device), options.shapes
+    layers = Layers(shape, options, batch, lengths[-1])
+    layers.require_possible()
     for flag, path in (("--output-json", args.output_json), ("--output-csv", args.output_csv)):
         if path is not None and path.is_dir():
             raise ValueError(f"{flag}: {str(path)!r} is a folder; expected a file to write to")
-    info, (shape,) = device_info(options.device), options.shapes
     mask = None if args.mask == "none" else args.mask
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, mask {args.mask}")
     if not options.is_cuda:
@@ -177,12 +180,11 @@ def run(args: argparse.Namespace) -> int:
         print("On a CPU every implementation runs in PyTorch: its times say nothing of a GPU's.")
     print(f"original: {'naive by the standard path' if make is None else args.baseline}\n")
     with nullcontext() if options.is_cuda else steady_threads() as threads:
-        layers = Layers(shape, options, batch, lengths[-1])
         models = {
-            "original": partial(layers.model, "naive", fast_path_tokens=0)
+            "original": partial(layers.model, "naive", fast_path_tokens=0, **_NAIVE)
             if make is None
-            else cache(partial(layers.adopt, make, fast_path_tokens=0)),
-            "optimized": partial(layers.model, "naive"),
+            else cache(partial(layers.adopt, make, fast_path_tokens=0, **_NAIVE)),
+            "optimized": partial(layers.model, "naive", **_NAIVE),
             "fused": partial(layers.model, "fused"),
         }
         record: dict[str, Any] = {

@@ -98,6 +98,21 @@ class Layers:
         fields = {"dtype": o.dtype, "gemm_impl": o.gemm_impl, "cache_dtype": o.cache_dtype, **self._sizes}
         return Args(attn_impl=implementation, **{**fields, **self.shape.fields(), **changes})
 
+    def require_possible(self) -> None:
+        """Raise what is wrong with the dimensions, unless some implementation can have them.
+
+        Raises:
+            ValueError: none can.
+        """
+        reasons = []
+        for implementation in self.options.implementations:
+            try:
+                self.args(implementation)
+                return
+            except ValueError as error:
+                reasons.append(str(error))
+        raise ValueError(reasons[-1])
+
     def model(self, implementation: str, **changes: Any) -> Any:
         """The layer in one implementation, made at first use; `changes` are fields of its `Args`."""
         key = (implementation, tuple(sorted(changes.items())))
@@ -108,7 +123,8 @@ class Layers:
     def adopt(self, make: Callable[[Args], torch.nn.Module], **changes: Any) -> Any:
         """A layer of somebody else's, from naive's `Args`, with the same weights."""
         model = make(self.args("naive", **changes)).to(self.device)
-        model.load_state_dict(self.model("naive").state_dict())
+        self.freqs()  # builds the layer whose weights are copied
+        model.load_state_dict(self._first.state_dict())
         return model.eval()
 
     def _build(self, args: Args, *, share: bool = True) -> Any:

@@ -183,6 +183,9 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.studies.cpu_threads import steady_threads
     from mlakit.studies.layer_steps import Layers, free_memory, progress, stamp
 
+    most = sizes.batches[-1], sizes.seq_lens[-1]
+    for shape in options.shapes:
+        Layers(shape, options, *most).require_possible()
     folder = output_folder(args.output_dir, "layers", "--output-dir")
     info = device_info(options.device)
     notes = _notes(options, sizes, given=bool(args.model or args.batch_sizes or args.seq_lengths))
@@ -202,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
         print(header())
         with progress(jobs * len(options.implementations)) as begin:
             for shape in options.shapes:
-                layers = Layers(shape, options, sizes.batches[-1], sizes.seq_lens[-1])
+                layers = Layers(shape, options, *most)
                 for batch in sizes.batches:
                     for seq_len in sizes.seq_lens:
                         mine = list(measure_size(layers, options, sizes, batch, seq_len, begin))
