@@ -11,9 +11,9 @@ F8 = torch.float8_e4m3fn
 
 
 def _logits(s_q, s_kv, limited, heads=64):
-    limits = (torch.empty(s_q, dtype=torch.int32),) * 2 if limited else (None, None)
+    limit = torch.empty(s_q, dtype=torch.int32) if limited else None
     q, k = torch.empty(s_q, heads, 128, dtype=F8), torch.empty(s_kv, 128, dtype=F8)
-    launch_indexer_logits(q, k, torch.empty(s_kv), torch.empty(s_q, heads), *limits, torch.empty(s_q, s_kv))
+    launch_indexer_logits(q, k, torch.empty(s_kv), torch.empty(s_q, heads), limit, limit, torch.empty(s_q, s_kv))
 
 
 # DeepSeek's heads with limits and without, a speculative decoding step, heads that are padded.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cache, select_topk
+from mlakit.indexer import indexer_logits, indexer_logits_paged, ops, pack_index_cache, select_topk
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.reference import (
     indexer_logits_paged_reference,
@@ -121,19 +121,20 @@ def _rows(columns):
 
 
 # Held in registers; longer than that, so that a sample and candidates are taken, with room enough and with so little
-# that every row is searched where it lies. Columns that are no multiple of four, of a block, of anything.
+# that every row is searched where it lies. Columns that are no multiple of four, of a block, of anything. The
+# interpreter takes half a second a row: not all of them everywhere.
 @pytest.mark.parametrize(
-    ("columns", "k", "config"),
+    ("columns", "k", "rows", "config"),
     [
-        (256, 40, TopkConfig(256, 64, 64, 64, 1, 1)),
-        (77, 100, TopkConfig(128, 64, 64, 32, 1, 1)),
-        (1500, 100, TopkConfig(512, 256, 512, 128, 1, 1)),
-        (1101, 1, TopkConfig(256, 128, 256, 64, 1, 1)),
-        (1101, 60, TopkConfig(64, 64, 512, 64, 1, 1)),
+        (256, 40, range(14), TopkConfig(256, 64, 64, 128, 1, 1)),
+        (77, 100, range(14), TopkConfig(128, 64, 64, 64, 1, 1)),
+        (1201, 100, (0, 1, 3, 8, 10), TopkConfig(512, 256, 512, 256, 1, 1)),
+        (600, 1, (2, 4, 11), TopkConfig(256, 128, 512, 128, 1, 1)),
+        (301, 30, (0, 3, 5, 12), TopkConfig(64, 64, 256, 128, 1, 1)),
     ],
 )
-def test_selection(columns, k, config):
-    logits = _rows(columns)
+def test_selection(columns, k, rows, config):
+    logits = _rows(columns)[list(rows)]
     out = torch.full((logits.shape[0], k), -7, dtype=torch.int32)
     launch_select_topk(logits, k, None, out, config)
     assert torch.equal(out, select_topk_reference(logits, k))
@@ -148,3 +149,18 @@ def test_selection_of_rows_of_any_length():
     assert torch.equal(out, select_topk_reference(logits, 20, lengths))
     rows_apart = logits[::2, 3:90]
     assert torch.equal(select_topk(rows_apart, 20, impl="triton"), select_topk_reference(rows_apart, 20))
+
+
+def test_operators_keep_their_schemas():
+    # Its schema check compares inputs before and after with torch.allclose, which float8 does not have.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    arguments = _inputs(3, 40, 4, 32)
+    end = torch.tensor([5, 6, 40], dtype=torch.int32)
+    torch.library.opcheck(ops.indexer_logits, (*arguments, None, None), test_utils=checks)
+    torch.library.opcheck(ops.indexer_logits, (*arguments, end - 5, end), test_utils=checks)
+    cache = pack_index_cache(torch.zeros(2, 8, 32).to(F8), torch.ones(2, 8))
+    table, lens = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([11], dtype=torch.int32)
+    paged = (arguments[0][None, :1].contiguous(), cache, arguments[3][None, :1].contiguous(), table, lens, 12)
+    torch.library.opcheck(ops.indexer_logits_paged, paged, test_utils=checks)
+    torch.library.opcheck(ops.select_topk, (torch.randn(2, 40), 7, None))
+    torch.library.opcheck(ops.select_topk, (torch.randn(3, 40), 7, end))
