@@ -65,8 +65,8 @@ def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
 
 @gluon.jit
 def _add_scores(s, queries, keys, full, phase, zero, Q: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr):
-    """s + Q K^T over half of the columns, in PARTS parts. To prepare the descriptors of 16 products takes as long as 8 of
-    them; to look at the barrier again, which has turned, keeps ptxas from preparing all of them before it issues one.
+    """Add Q K^T over half of the columns, in PARTS parts. To prepare the descriptors of 16 products takes as long as 8
+    of them; to look at the barrier again, which has turned, keeps ptxas from preparing all before it issues one.
     """
     WIDTH: gl.constexpr = 256 // PARTS
     for part in gl.static_range(PARTS):
