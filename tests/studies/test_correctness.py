@@ -9,8 +9,8 @@ import torch
 from mlakit.cli.main import main
 from mlakit.studies import correctness
 from mlakit.studies.correctness_report import FLOAT64, Pair, verdict
+from mlakit.studies.layer_difference import Difference
 from mlakit.studies.layer_options import IMPLEMENTATIONS
-from mlakit.studies.layer_steps import Difference
 
 
 def _table(path) -> list[dict[str, str]]:

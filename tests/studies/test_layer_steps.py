@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from mlakit.studies import layer_options, layer_steps, layers
-from mlakit.studies.layer_steps import Layers, Step, difference, progress, reason_of
+from mlakit.studies.command import progress
+from mlakit.studies.layer_difference import difference
+from mlakit.studies.layer_steps import Layers, Step, reason_of
 
 
 @pytest.fixture

@@ -15,14 +15,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.command import output_folder, progress, run_study
 from mlakit.studies.correctness_report import FLOAT64, Pair, Run, pairs_csv, runs_csv, size_table, verdict
 from mlakit.studies.layer_options import (
     Options,
     add_common_arguments,
     add_implementations,
-    output_folder,
     parse_common,
-    run_study,
     whole,
     whole_numbers,
 )
@@ -104,7 +103,8 @@ def compare_size(
     """Run, compare and time every implementation at one size; whatever cannot be done is a run with the reason."""
     import torch
 
-    from mlakit.studies.layer_steps import difference, free_memory, reason_of
+    from mlakit.studies.layer_difference import difference
+    from mlakit.studies.layer_steps import free_memory, reason_of
 
     runs = [Run(name, batch, seq_len, options.dtype) for name in options.implementations]
     outputs: dict[str, torch.Tensor] = {}
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = parse_sizes(args, options)
     from mlakit.hardware import device_info
     from mlakit.studies.cpu_threads import steady_threads
-    from mlakit.studies.layer_steps import Layers, progress, stamp
+    from mlakit.studies.layer_steps import Layers, stamp
 
     if args.output is not None and (not args.output.name or args.output.is_dir()):
         raise ValueError(f"--output: expected a prefix of file names, got the folder {str(args.output)!r}")

@@ -13,7 +13,7 @@ PHASES = ("prefill", "decode")
 
 
 class Difference(Protocol):
-    """See `layer_steps.Difference`."""
+    """See `layer_difference.Difference`."""
 
     @property
     def max_abs(self) -> float: ...

@@ -17,8 +17,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.command import progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
-from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, run_study, whole, whole_numbers
+from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,8 @@ def _measure(
 ) -> Variant:
     import torch
 
-    from mlakit.studies.layer_steps import difference, measure_call, require_memory
+    from mlakit.studies.layer_difference import difference
+    from mlakit.studies.layer_steps import measure_call, require_memory
 
     batch, seq_len = x.shape[:2]
     require_memory(layers.shape, layers.device, batch, seq_len, seq_len)
@@ -161,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.bench.results import write_atomically
     from mlakit.hardware import device_info
     from mlakit.studies.cpu_threads import steady_threads
-    from mlakit.studies.layer_steps import Layers, progress, stamp
+    from mlakit.studies.layer_steps import Layers, stamp
 
     info, (shape,) = device_info(options.device), options.shapes
     layers = Layers(shape, options, batch, lengths[-1])

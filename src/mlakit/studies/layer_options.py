@@ -3,15 +3,13 @@ checked.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import product
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
+from mlakit.studies.command import run_study as run_study
 
 IMPLEMENTATIONS = ("naive", "absorb", "naive+flash", "fused")
 DTYPES = ("bf16", "fp8")
@@ -24,7 +22,6 @@ CPU_TRIALS = 5
 FP8_TOLERANCE = 0.1
 # A single token's error scatters: in bf16 the worst of 2048 tokens is 1.5 to 3.5 times as far off as all together.
 WORST_TOKEN = 4
-RUNS = Path("mlakit-runs")
 
 
 @dataclass(frozen=True)
@@ -280,41 +277,3 @@ def _choice(flag: str, value: str, valid: Sequence[str]) -> str:
     if value not in valid:
         raise ValueError(f"{flag}: unknown name {value!r}; {nearest(value, valid)}")
     return value
-
-
-def output_folder(path: Path | None, study: str, flag: str) -> Path:
-    """The folder to write into, made if need be: as told, else a new one under `mlakit-runs`.
-
-    Raises:
-        ValueError: it cannot be made or is a file.
-    """
-    folder = path or RUNS / f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag}: cannot make the folder {str(folder)!r}: {error.strerror or error}") from None
-    return folder
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def run_study(
-    prog: str,
-    description: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-) -> int:
-    """A study as a command of its own; returns the exit code (2 for bad input, with one line on stderr)."""
-    parser = _Parser(prog=prog, description=(description or "").partition("\n\n")[0], allow_abbrev=False)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2

@@ -1,12 +1,11 @@
 """What the studies of the layer do with a layer: build it in every implementation with the same weights, run a prefill
-or a decode step, compare with float64, time it, and tell why it cannot be done.
+or a decode step, time it, and tell why it cannot be done.
 """
 
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,65 +14,13 @@ from mlakit.bench.measure import first_line, is_out_of_memory
 from mlakit.bench.memory import available_bytes, measure_peak
 from mlakit.bench.timing import Timing, time_calls
 from mlakit.nn import Args, get_mla
-from mlakit.studies.layer_options import WORST_TOKEN, Options, Shape
+from mlakit.studies.layer_options import Options, Shape
 
 _GIB = 2**30
 _MIB = 2**20
 # Of a score, naive and absorb hold at once: itself, in float32 for the softmax, the weights, and those rounded.
 _BYTES_A_SCORE = 12
 OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two outputs [..., dim] are apart; NaN and infinity anywhere make everything infinite.
-
-    Attributes:
-        max_abs: largest absolute difference.
-        mean_abs: mean absolute difference.
-        relative: |a - b| / |b|, Euclidean norms over everything: unlike an absolute difference it does not depend on
-            the outputs' size.
-        worst_token: the largest |a - b| / |b| of a token: one wrong token among thousands shows in no norm over all.
-        cosine: similarity of the two as one vector.
-    """
-
-    max_abs: float
-    mean_abs: float
-    relative: float
-    worst_token: float
-    cosine: float
-
-    def agrees(self, tolerance: float) -> bool:
-        """Whether the two are the same up to rounding."""
-        return self.relative <= tolerance and self.worst_token <= WORST_TOKEN * tolerance
-
-    def as_json(self) -> dict[str, float | None]:
-        """Plain values; what is not finite, which JSON does not have, as None."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
-    """Compare in float64, a request at a time.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if actual.shape != expected.shape:
-        raise ValueError(f"outputs must have one shape, got {tuple(actual.shape)} and {tuple(expected.shape)}")
-    largest = total = squares = worst = dot = aa = bb = 0.0
-    for mine, other in zip(actual, expected, strict=True):
-        a, b = mine.double(), other.double()
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            return Difference(math.inf, math.inf, math.inf, math.inf, 0.0)
-        error = (a - b).abs()
-        norms = b.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        largest, total = max(largest, float(error.max())), total + float(error.sum())
-        worst = max(worst, float((error.norm(dim=-1) / norms).max()))
-        squares += float(error.square().sum())
-        dot, aa, bb = dot + float((a * b).sum()), aa + float(a.square().sum()), bb + float(b.square().sum())
-    relative = math.sqrt(squares / bb) if bb else math.inf if squares else 0.0
-    cosine = dot / math.sqrt(aa * bb) if aa and bb else float(aa == bb)
-    return Difference(largest, total / max(actual.numel(), 1), relative, worst, cosine)
 
 
 class Layers:
@@ -287,39 +234,6 @@ def free_memory() -> None:
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error while a study runs, nothing if that is no terminal; yields what to call before each of
-    `total` pieces of work, with its name.
-    """
-    import sys
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), text)
-    # Printed rows go above the bar where both are on one terminal, and where rows go to a file they stay out of it.
-    bar = Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
-    )
-    task = bar.add_task("building", total=total)
-    begun = 0
-
-    def begin(name: str) -> None:
-        nonlocal begun
-        bar.update(task, completed=begun, description=name)
-        begun += 1
-
-    with bar:
-        yield begin
 
 
 def stamp(options: Options) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.command import output_folder, progress, run_study
 from mlakit.studies.layer_options import (
     Options,
     add_common_arguments,
     add_implementations,
-    output_folder,
     parse_common,
-    run_study,
     whole_numbers,
 )
 from mlakit.studies.layers_report import Row, csv_text, groups, header, table, title_of
@@ -158,7 +157,7 @@ def _measure(
 
 
 def _passes(row: Row, out: torch.Tensor, target: torch.Tensor | None, options: Options, when: str) -> bool:
-    from mlakit.studies.layer_steps import difference
+    from mlakit.studies.layer_difference import difference
 
     if target is None:
         return True
@@ -181,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = parse_sizes(args, options)
     from mlakit.hardware import device_info
     from mlakit.studies.cpu_threads import steady_threads
-    from mlakit.studies.layer_steps import Layers, free_memory, progress, stamp
+    from mlakit.studies.layer_steps import Layers, free_memory, stamp
 
     most = sizes.batches[-1], sizes.seq_lens[-1]
     for shape in options.shapes:
