@@ -160,6 +160,8 @@ def test_the_conclusion_does_not_claim_what_was_not_measured():
     assert "cannot be told from the standard path's" in same
     strange = "\n".join(conclusion([_row(512, 2.0, 1.0)]))
     assert "512 tokens 2.00x, and still their times differ" in strange
+    theirs = "\n".join(conclusion([_row(512, 2.0, 1.0)], ours=False))
+    assert "Beyond 256 tokens optimized takes the standard path: 512 tokens 2.00x\n" in theirs + "\n"
     nothing = "\n".join(conclusion([_row(64, None, 1.0)]))
     assert "Original and optimized were nowhere both measured" in nothing
     assert "64 tokens, original: out of memory" in nothing

@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
                     write_atomically(args.output_json, json.dumps(record, indent=1, allow_nan=False) + "\n")
                 if args.output_csv:
                     write_atomically(args.output_csv, csv_text(rows))
-    print("\n".join(conclusion(rows)))
+    print("\n".join(conclusion(rows, ours=make is None)))
     saved = [str(path) for path in (args.output_json, args.output_csv) if path]
     if saved:
         print(f"saved: {', '.join(saved)}", file=sys.stderr)

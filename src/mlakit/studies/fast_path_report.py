@@ -115,8 +115,8 @@ def _percent(value: float | None) -> str:
     return f"{value * 100:.1f}%" if value is not None else "-"
 
 
-def conclusion(rows: Sequence[Row]) -> Iterator[str]:
-    """What the numbers say."""
+def conclusion(rows: Sequence[Row], *, ours: bool = True) -> Iterator[str]:
+    """What the numbers say; `ours`: the original is the same layer by its standard path."""
     yield ""
     yield "Conclusion:"
     timed = [(row, s) for row in rows if (s := row.speedup())]
@@ -143,8 +143,9 @@ def conclusion(rows: Sequence[Row]) -> Iterator[str]:
             yield f"  - Reduction of temporary memory: {listed}"
     for row, s in timed:
         if not row.is_short:
-            same = "" if _apart(row) == 0 else ", and still their times differ: something else does"
-            yield f"  - Beyond {row.threshold} tokens both take the standard path: {row.seq_len} tokens {s:.2f}x{same}"
+            who = "both take" if ours else "optimized takes"
+            odd = ", and still their times differ: something else does" if ours and _apart(row) else ""
+            yield f"  - Beyond {row.threshold} tokens {who} the standard path: {row.seq_len} tokens {s:.2f}x{odd}"
     fused = [(row, s) for row in rows if (s := row.speedup("fused"))]
     if fused:
         factors = [s for _, s in fused]
