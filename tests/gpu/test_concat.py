@@ -56,6 +56,21 @@ def test_strided_inputs_and_out(case, dtype):
     assert count_poison(room) >= room.numel() - out.numel()
 
 
+# Sequences of 5 tokens into the first places of a cache that has room for 9, and rows without a shared part: a copy.
+@pytest.mark.parametrize("rope", [8, 0])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_sequences_into_a_cache(rope, dtype):
+    heads, nope = 128, 128
+    kv = _random((3, 5, heads, 2 * nope), dtype)
+    k_nope, k_pe = kv[..., :nope], _random((3, 5, 1, 40), dtype)[..., :rope]
+    cache = poison_(torch.empty(4, 9, heads, nope + rope, dtype=dtype, device="cuda"))
+    out = cache[:3, 2:7]
+    concat_k(k_nope, k_pe, out=out)
+    assert torch.equal(_bits(out), _bits(concat_k_cat(k_nope, k_pe)))
+    assert torch.equal(_bits(concat_k(k_nope, k_pe)), _bits(out))
+    assert count_poison(cache) >= cache.numel() - out.numel()
+
+
 def test_more_than_2_to_the_31_elements():
     batch = 140_000  # 3.4e9 elements out
     k_nope, k_pe = _random((batch, 128, 128), torch.float8_e4m3fn), _random((batch, 1, 64), torch.float8_e4m3fn)

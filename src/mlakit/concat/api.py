@@ -13,16 +13,17 @@ def concat_k(
     """Build the keys of MHA mode: every head's own part, then the rotated part that all heads share.
 
     Args:
-        k_nope: [B, H, Dn], of any strides (as a rule a slice of the up-projected latent, whose heads hold the value
-            behind the key) and of any dtype; float8_e4m3fn too.
-        k_pe: [B, 1, Dr], same dtype and device.
-        out: [B, H, Dn + Dr] to write into, of any strides; it must not share memory with the inputs. No gradient flows
-            through it.
+        k_nope: [B, H, Dn], or [B, S, H, Dn] of B sequences, of any strides (as a rule a slice of the up-projected
+            latent, whose heads hold the value behind the key) and of any dtype; float8_e4m3fn too.
+        k_pe: [B, 1, Dr] or [B, S, 1, Dr], same dtype and device.
+        out: [B, H, Dn + Dr] or [B, S, H, Dn + Dr] to write into, of any strides (the first tokens of a cache's
+            sequences, say); it must not share memory with the inputs. No gradient flows through it.
         impl: "triton" (one kernel that reads each rotated row once), "cat" (`torch.cat` with `expand`), "direct_copy"
             (two slice assignments); None takes the first on a GPU and "cat" on a CPU.
 
     Returns:
-        [B, H, Dn + Dr], contiguous unless `out` is given. Differentiable with respect to both inputs if `out` is None.
+        [B, H, Dn + Dr] or [B, S, H, Dn + Dr], contiguous unless `out` is given. Differentiable with respect to both
+        inputs if `out` is None.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or `out` given while a gradient is asked for.
@@ -30,13 +31,13 @@ def concat_k(
 
     Source: DeepSeek-V2 (arXiv:2405.04434), equation 18.
     """
-    check_shape("k_nope", k_nope, ("B", "H", "Dn"))
-    batch, heads, nope = k_nope.shape
-    check_shape("k_pe", k_pe, (batch, 1, "Dr"))
+    check_shape("k_nope", k_nope, ("B", "S", "H", "Dn") if k_nope.ndim == 4 else ("B", "H", "Dn"))
+    *tokens, heads, nope = k_nope.shape
+    check_shape("k_pe", k_pe, (*tokens, 1, "Dr"))
     check_dtype("k_pe", k_pe, k_nope.dtype)
     check_device("k_pe", k_pe, k_nope.device)
     if out is not None:
-        check_shape("out", out, (batch, heads, nope + k_pe.shape[-1]))
+        check_shape("out", out, (*tokens, heads, nope + k_pe.shape[-1]))
         check_dtype("out", out, k_nope.dtype)
         check_device("out", out, k_nope.device)
         if torch.is_grad_enabled() and (k_nope.requires_grad or k_pe.requires_grad or out.requires_grad):

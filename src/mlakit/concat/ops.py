@@ -14,7 +14,7 @@ def run_concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
     """What `mlakit::concat_k` does, without the dispatcher."""
     from mlakit.concat.triton_concat import launch_concat
 
-    out = k_nope.new_empty((k_nope.shape[0], k_nope.shape[1], k_nope.shape[2] + k_pe.shape[2]))
+    out = k_nope.new_empty((*k_nope.shape[:-1], k_nope.shape[-1] + k_pe.shape[-1]))
     launch_concat(k_nope, k_pe, out)
     return out
 
@@ -34,7 +34,7 @@ torch.library.impl("mlakit::concat_k_out", ("cpu", "cuda"), run_concat_k_out)
 
 @torch.library.register_fake("mlakit::concat_k")
 def _empty_keys(k_nope: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
-    return k_nope.new_empty((k_nope.shape[0], k_nope.shape[1], k_nope.shape[2] + k_pe.shape[2]))
+    return k_nope.new_empty((*k_nope.shape[:-1], k_nope.shape[-1] + k_pe.shape[-1]))
 
 
 @torch.library.register_fake("mlakit::concat_k_out")
@@ -48,7 +48,7 @@ def _save_width(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: tor
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # The shared row was used by every head; PyTorch's sum accumulates in float32.
-    return grad[..., : ctx.nope], grad[..., ctx.nope :].sum(dim=1, keepdim=True)
+    return grad[..., : ctx.nope], grad[..., ctx.nope :].sum(dim=-2, keepdim=True)
 
 
 torch.library.register_autograd("mlakit::concat_k", _backward, setup_context=_save_width)

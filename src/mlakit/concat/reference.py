@@ -4,12 +4,12 @@ import torch
 
 
 def concat_k_cat(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Concatenate `k_nope` [B, H, Dn] with `k_pe` [B, 1, Dr], repeated for every head, to [B, H, Dn + Dr]: `torch.cat`
-    with `expand`.
+    """Concatenate `k_nope` [..., H, Dn] with `k_pe` [..., 1, Dr], repeated for every head, to [..., H, Dn + Dr]:
+    `torch.cat` with `expand`.
 
     `expand` makes a view, not a copy: the rows of `k_pe` are repeated by `torch.cat` as it reads them.
     """
-    parts = (k_nope, k_pe.expand(-1, k_nope.shape[1], -1))
+    parts = (k_nope, k_pe.expand(*k_nope.shape[:-1], -1))
     return torch.cat(parts, dim=-1) if out is None else torch.cat(parts, dim=-1, out=out)
 
 

@@ -36,12 +36,16 @@ def _concat_k_kernel(
     out_ptr,
     heads,
     head_blocks,
+    seq_len,
     stride_nb,
+    stride_ns,
     stride_nh,
     stride_nd,
     stride_pb,
+    stride_ps,
     stride_pd,
     stride_ob,
+    stride_os,
     stride_oh,
     stride_od,
     WORD: tl.constexpr,
@@ -61,19 +65,22 @@ def _concat_k_kernel(
     k_pe_ptr = k_pe_ptr.to(tl.pointer_type(WORD), bitcast=True)
     out_ptr = out_ptr.to(tl.pointer_type(WORD), bitcast=True)
     pid = tl.program_id(0)
-    token = (pid // head_blocks).to(tl.int64)
+    token = pid // head_blocks
+    request = (token // seq_len).to(tl.int64)
+    position = (token % seq_len).to(tl.int64)
     offs_h = ((pid % head_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_NOPE)
     offs_r = tl.arange(0, BLOCK_ROPE)
     row = offs_h[:, None] < heads
 
-    k_nope_ptr += token * stride_nb * WORDS_PER_UNIT
-    out_ptr += token * stride_ob * WORDS_PER_UNIT
+    k_nope_ptr += (request * stride_nb + position * stride_ns) * WORDS_PER_UNIT
+    out_ptr += (request * stride_ob + position * stride_os) * WORDS_PER_UNIT
     out_rows = out_ptr + offs_h[:, None] * stride_oh * WORDS_PER_UNIT
     nope_ptrs = k_nope_ptr + offs_h[:, None] * stride_nh * WORDS_PER_UNIT + offs_n[None, :] * stride_nd
     nope = tl.load(nope_ptrs, mask=row & (offs_n[None, :] < NOPE), eviction_policy=LOAD_EVICTION)
     if ROPE > 0:
-        rope_ptrs = k_pe_ptr + token * stride_pb * WORDS_PER_UNIT + offs_r * stride_pd
+        k_pe_ptr += (request * stride_pb + position * stride_ps) * WORDS_PER_UNIT
+        rope_ptrs = k_pe_ptr + offs_r * stride_pd
         rope = tl.load(rope_ptrs, mask=offs_r < ROPE)
     tl.store(
         out_rows + offs_n[None, :] * stride_od,
@@ -122,27 +129,29 @@ def launch_concat(
         # Triton refuses pointers to e4m3 below compute capability 8.9, even to move them. (The launcher, which is what
         # runs from the second call on, takes the address of a tensor of any dtype.)
         k_nope, k_pe, out = k_nope.view(torch.uint8), k_pe.view(torch.uint8), out.view(torch.uint8)
-    tokens, heads, nope = k_nope.shape
-    rope = k_pe.shape[-1]
+    if k_nope.ndim == 3:  # a sequence of one token for each
+        k_nope, k_pe, out = k_nope.unsqueeze(1), k_pe.unsqueeze(1), out.unsqueeze(1)
+    requests, seq_len, heads, nope = k_nope.shape
+    tokens, rope = requests * seq_len, k_pe.shape[-1]
     size = k_nope.element_size()
     if out.numel() == 0:
         return
     if config is None:
         config = concat_config(tokens, heads, (nope + rope) * size, device_info(k_nope.device).units)
     strides = (
-        (*k_nope.stride()[:2], k_nope.stride(2) if nope > 1 else 1),
-        (k_pe.stride(0), 0, k_pe.stride(2) if rope > 1 else 1),
-        (*out.stride()[:2], out.stride(2)),
+        (*k_nope.stride()[:3], k_nope.stride(3) if nope > 1 else 1),
+        (*k_pe.stride()[:2], 0, k_pe.stride(3) if rope > 1 else 1),
+        out.stride(),
     )
-    if nope > 0 and all(stride[2] == 1 for stride in strides):
+    if nope > 0 and all(stride[3] == 1 for stride in strides):
         # The largest access that every row's start allows.
         starts = [tensor.data_ptr() for tensor in (k_nope, k_pe, out)]
-        apart = [size * stride for each in strides for stride in each[:2]]
+        apart = [size * stride for each in strides for stride in each[:3]]
         unit = math.gcd(_VECTOR_BYTES, nope * size, rope * size, *starts, *apart)
     else:
         unit = size
     word = min(unit, 8)
-    (nb, nh, nd), (pb, _, pd), (ob, oh, od) = strides
+    (nb, ns, nh, nd), (pb, ps, _, pd), (ob, os, oh, od) = strides
     per_unit = unit // size  # elements
     head_blocks = triton.cdiv(heads, config.block_heads)
     _LAUNCHES.first(
@@ -153,12 +162,16 @@ def launch_concat(
         (
             heads,
             head_blocks,
+            seq_len,
             nb // per_unit,
+            ns // per_unit,
             nh // per_unit,
             nd,
             pb // per_unit,
+            ps // per_unit,
             pd,
             ob // per_unit,
+            os // per_unit,
             oh // per_unit,
             od,
         ),

@@ -6,6 +6,7 @@ import torch
 
 from mlakit.cache import gather_latent
 from mlakit.cache.layout import fp8_row_bytes, pack_fp8, unpack_fp8
+from mlakit.concat import concat_k
 from mlakit.nn.args import Args
 
 Start = int | torch.Tensor
@@ -56,10 +57,11 @@ class KVCache:
     @torch.no_grad()
     def write(self, start: Start, k_nope: torch.Tensor, k_pe: torch.Tensor, v: torch.Tensor) -> None:
         """Put new tokens, [bsz, seqlen, n_heads (k_pe: 1), ...], behind those before `start`."""
-        bsz, seqlen, _, nope = k_nope.shape
+        bsz, seqlen = k_nope.shape[:2]
         if isinstance(start, int):
             k, new_v = (tensor[:bsz, start : start + seqlen] for tensor in (self.k, self.v))
-            k[..., :nope], k[..., nope:], new_v[:] = k_nope, k_pe, v
+            concat_k(k_nope.detach(), k_pe.detach(), out=k)
+            concat_k(v.detach(), v.detach()[..., :1, :0], out=new_v)  # a copy of rows, at its full speed
             self.filled = start + seqlen
             return
         request = torch.arange(bsz, device=v.device)[:, None]
@@ -140,11 +142,14 @@ class LatentCache:
 
     def slots(self, start: Start, bsz: int, seqlen: int) -> torch.Tensor:
         """Where the new tokens go, [bsz * seqlen] int64: page * page_size + offset."""
+        if self.contiguous:  # by as few kernels as will do: a step of decode feels each
+            begin = start if isinstance(start, int) else 0
+            first = torch.arange(begin, begin + bsz * self.capacity, self.capacity, device=self.device)
+            if isinstance(start, torch.Tensor):
+                first = first + start
+            return first if seqlen == 1 else (first[:, None] + torch.arange(seqlen, device=self.device)).flatten()
         steps = torch.arange(seqlen, device=self.device)
         positions = (steps + start)[None] if isinstance(start, int) else steps + start.long()[:, None]
-        if self.contiguous:
-            first = torch.arange(0, bsz * self.capacity, self.capacity, device=self.device)
-            return (first[:, None] + positions).flatten()
         positions = positions.expand(bsz, seqlen)
         pages = self.block_table[:bsz].long().gather(1, positions // self.page_size)
         return (pages * self.page_size + positions % self.page_size).flatten()

@@ -41,9 +41,7 @@ def _append(layer: "MultiheadLatentAttention", kv: torch.Tensor, step: Step) -> 
     """Normalize, rotate and write the new tokens' latents, in one kernel."""
     cache, args = step.cache, layer.args
     assert isinstance(cache, LatentCache)
-    positions = step.positions()
-    if positions is not None:
-        positions = positions.flatten()
+    positions = None if step.positions is None else step.positions.flatten()
     cos, sin = step.cos, step.sin
     if positions is None and step.bsz > 1:
         if step.seqlen == 1:

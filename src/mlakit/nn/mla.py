@@ -11,7 +11,7 @@ from mlakit.nn.caches import Cache, KVCache, LatentCache, Start
 from mlakit.nn.linear import Linear
 from mlakit.nn.norm import RMSNorm
 from mlakit.nn.rope import precompute_freqs_cis
-from mlakit.nn.step import Mask, Step, resolve_mask, rope_rows
+from mlakit.nn.step import Mask, Step, positions_from, resolve_mask, rope_rows
 
 _ATTEND = {
     "naive": naive.attend,
@@ -184,7 +184,7 @@ class MultiheadLatentAttention(nn.Module):
         if other is not None and other.device != x.device:
             raise ValueError(f"mask must be on {x.device} like x, got {other.device}")
         cos, sin = rope_rows(freqs_cis)
-        return Step(bsz, seqlen, start, end, cos, sin, causal, other, cache)
+        return Step(bsz, seqlen, start, end, cos, sin, positions_from(start, seqlen), causal, other, cache)
 
     def _check_input(self, x: torch.Tensor) -> tuple[int, int]:
         args, weight = self.args, self.wkv_a.weight

@@ -22,6 +22,7 @@ class Step:
         end: keys to look at, on the host: start + seqlen, or the cache's capacity where start is a tensor.
         cos: rotations, [rows, rope / 2]: those of the new tokens, or of all positions where start is a tensor.
         sin: as cos.
+        positions: [bsz, seqlen], the row of each token; None where token i of every request takes row i.
         causal: new token i sees the keys up to its own.
         mask: an additive [seqlen, end] or [bsz, seqlen, end] that is not causal.
         cache: None while training, when nothing is kept.
@@ -33,6 +34,7 @@ class Step:
     end: int
     cos: torch.Tensor
     sin: torch.Tensor
+    positions: torch.Tensor | None
     causal: bool
     mask: torch.Tensor | None
     cache: Cache | None
@@ -42,22 +44,15 @@ class Step:
         """Whether nothing comes before the new tokens, as far as the host knows."""
         return isinstance(self.start, int) and self.start == 0
 
-    def positions(self) -> torch.Tensor | None:
-        """The row of cos and sin of each token, [bsz, seqlen]; None where token i of every request takes row i."""
-        if isinstance(self.start, int):
-            return None
-        steps = torch.arange(self.seqlen, device=self.start.device, dtype=self.start.dtype)
-        return self.start[:, None] + steps
-
     def rotate(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rope of [bsz, seqlen, heads, rope]."""
-        return apply_rope(x, self.cos, self.sin, positions=self.positions(), out=out)
+        return apply_rope(x, self.cos, self.sin, positions=self.positions, out=out)
 
     def seq_lens(self, device: torch.device) -> torch.Tensor:
         """Keys of each request, the new ones included, [bsz] int32."""
         if isinstance(self.start, int):
             return torch.full((self.bsz,), self.end, device=device, dtype=torch.int32)
-        return (self.start + self.seqlen).to(torch.int32)
+        return torch.add(self.start, self.seqlen).to(torch.int32)
 
     def additive_mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """What to add to scores [bsz, seqlen, heads, end], as [1 or bsz, seqlen, 1, end]; None to add nothing."""
@@ -74,6 +69,15 @@ class Step:
             limit = (self.start[:, None] + steps).expand(self.bsz, self.seqlen)
         hidden = key > limit[..., None]
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, :, None]
+
+
+def positions_from(start: Start, seqlen: int) -> torch.Tensor | None:
+    """Where the new tokens of each request stand, [bsz, seqlen]; None where start is a number."""
+    if isinstance(start, int):
+        return None
+    if seqlen == 1:
+        return start[:, None]
+    return start[:, None] + torch.arange(seqlen, device=start.device, dtype=start.dtype)
 
 
 def rope_rows(freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
