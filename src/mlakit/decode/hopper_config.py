@@ -16,7 +16,8 @@ class HopperConfig:
     step: int = 128  # keys a step: work is divided in whole ones
     resident: int = 1  # programs a multiprocessor
     least: int = 1  # steps of a piece: fewer cost more to start and to merge than to compute
-    prefetch: bool = True  # bring the next pages into L2 while a pair of tiles is computed
+    prefetch: bool = False  # bring the next pages into L2 while a pair of tiles is computed
+    cooperative: bool = True
     early: bool = True
     parts: int = 4
     worker_registers: int = 240

@@ -121,7 +121,7 @@ def _mla_decode_few_kernel(
                 at = step * 64
                 more = step + 1 < last
                 if PREFETCH:
-                    _prefetch(cache_ptr + next_row.to(gl.int64) * key_bytes, 64 * key_bytes, more)
+                    _prefetch(cache_ptr + next_row.to(gl.int64) * key_bytes, key_bytes, more)
                 then_row = _tile_row(table, step + 2, last_tile, PAGE, 64)
                 left = keys.index(z)
                 right = keys.index(z + 1)

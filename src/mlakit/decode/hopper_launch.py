@@ -145,7 +145,11 @@ def _launch_hopper_decode(
         function, constants = _mla_decode_few_kernel, (*constants, tile_rows, chosen.prefetch)
     grid = (plan.programs, 1, 1)
     # Cooperative where programs wait for one another: all of them must be resident.
-    options = {"num_warps": 4, "maxnreg": chosen.max_registers, "launch_cooperative_grid": plan.partials > 0}
+    options = {
+        "num_warps": 4,
+        "maxnreg": chosen.max_registers,
+        "launch_cooperative_grid": plan.partials > 0 and chosen.cooperative,
+    }
     if device.type != "cuda":
         function[grid](*arguments, *numbers, *constants, **options)
         return

@@ -169,10 +169,10 @@ def _attend(
                     # Of the programs that share a request's keys, each asks for its part.
                     if W == 0:
                         ask = more & (tile % 2 == 0)
-                        _prefetch(cache_ptr + next_a.to(gl.int64) * key_bytes, 64 * key_bytes, ask)
+                        _prefetch(cache_ptr + next_a.to(gl.int64) * key_bytes, key_bytes, ask)
                     else:
                         ask = more & ((tile % 2 == 1) | (row_tiles == 1))
-                        _prefetch(cache_ptr + next_b.to(gl.int64) * key_bytes, 64 * key_bytes, ask)
+                        _prefetch(cache_ptr + next_b.to(gl.int64) * key_bytes, key_bytes, ask)
                 then_a = _tile_row(table, 2 * pair + 4, last_tile, PAGE, 64)
                 then_b = _tile_row(table, 2 * pair + 5, last_tile, PAGE, 64)
                 k_al = keys.index(z)

@@ -87,17 +87,25 @@ def _same_for_warp(value):
 
 
 @gluon.jit
-def _prefetch(ptr, num_bytes, wanted):
-    """Ask for contiguous bytes to be brought into L2; one thread of the warpgroup asks."""
+def _prefetch(ptr, key_bytes, wanted):
+    """Ask for 64 keys to be brought into L2, a line of 128 bytes at a time by all threads of the warpgroup. (One
+    bulk prefetch fetches a line after the other: 64 keys take it 80 us.)
+    """
     gl.inline_asm_elementwise(
         """{
-        .reg .pred one; .reg .u32 lane;
-        mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.lt.u32 one, lane, $3;
-        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        .reg .pred p; .reg .u32 at; .reg .u32 size; .reg .u32 step; .reg .u64 line; .reg .u64 off;
+        mov.u32 at, %tid.x; and.b32 at, at, 127; shl.b32 at, at, 7;
+        mul.lo.u32 size, $2, $3;
+        cvt.u64.u32 off, at; add.u64 line, $1, off;
+        setp.lt.u32 p, at, size; @p prefetch.global.L2 [line];
+        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 16384];
+        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 32768];
+        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 49152];
+        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 65536];
         mov.u32 $0, 0;
         }""",
         "=r,l,r,r",
-        [ptr, num_bytes, wanted.to(gl.int32)],
+        [ptr, key_bytes, gl.where(wanted, 64, 0)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
