@@ -93,19 +93,18 @@ def measure_length(
 
     row = Row(seq_len, batch, layers.args("naive", **_NAIVE).fast_path_tokens)
     picked = sorted({0, batch - 1})
-    failures = (RuntimeError, MemoryError, ValueError, NotImplementedError)
     with torch.no_grad():
         try:
             x = layers.inputs(batch, seq_len)
             expected = layers.reference(x[picked], causal=mask is not None)
-        except failures as error:
+        except Exception as error:
             reason = f"{reason_of(error)}, in the float64 run to compare with"
             row.variants = {name: Variant(reason=reason) for name in models}
             return row
         for name, model in models.items():
             try:
                 row.variants[name] = _measure(layers, options, model(), x, mask, expected, picked)
-            except failures as error:
+            except Exception as error:  # whatever goes wrong costs a cell, Triton's own kinds of errors included
                 row.variants[name] = Variant(reason=reason_of(error))
             free_memory()
     return row

@@ -17,7 +17,6 @@ from mlakit.nn import Args, get_mla
 from mlakit.studies.layer_options import Options, Shape
 
 _GIB = 2**30
-_MIB = 2**20
 # Of a score, naive and absorb hold at once: itself, in float32 for the softmax, the weights, and those rounded.
 _BYTES_A_SCORE = 12
 OUT_OF_MEMORY = "out of memory"
@@ -30,6 +29,8 @@ class Layers:
         self.shape = shape
         self.options = options
         self.device = torch.device(options.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # graphs are captured on the current one
         self._sizes = {"max_batch_size": max_batch, "max_seq_len": max_seq_len}
         self._built: dict[tuple[str, tuple[tuple[str, Any], ...]], Any] = {}
         self._first: Any = None
