@@ -280,6 +280,7 @@ def kernels(name: str, call: Callable[[], Tensor], steps: int = 5) -> list[dict[
             "median_s": sum(found) / steps,
         }
         for kernel, found in times.items()
+        if sum(found) > 0  # calls of the runtime are listed with none
     ]
     return sorted(rows, key=lambda row: -float(row["median_s"]))
 
