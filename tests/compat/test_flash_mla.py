@@ -7,6 +7,7 @@ import torch
 
 import mlakit.compat.flash_mla as flash_mla
 from mlakit.decode import mla_decode_reference
+from mlakit.sparse import mla_sparse_decode_reference, mla_sparse_prefill_reference
 from mlakit.testing import PagedCache, random_paged_cache
 
 RANK, LATENT, PAGE = 64, 80, 16
@@ -78,11 +79,48 @@ def test_older_callers_pass_and_receive_tensors() -> None:
 def test_refusals_name_what_is_wrong() -> None:
     q, cache, paged = make([20])
     inputs = (q, cache, paged.block_table, paged.seq_lens, RANK)
-    with pytest.raises(NotImplementedError, match="sparse decoding and fp8 caches"):
-        flash_mla.flash_mla_with_kvcache(*inputs, indices=torch.zeros((1, 2, 4), dtype=torch.int32))
-    with pytest.raises(NotImplementedError, match="is_fp8_kvcache"):
+    indices = torch.zeros((1, 2, 4), dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="a second cache is not supported"):
+        flash_mla.flash_mla_with_kvcache(*inputs, indices=indices, extra_k_cache=cache)
+    with pytest.raises(NotImplementedError, match="is_fp8_kvcache is for sparse attention"):
         flash_mla.flash_mla_with_kvcache(*inputs, is_fp8_kvcache=True)
+    with pytest.raises(ValueError, match="causal must be False for sparse attention"):
+        flash_mla.flash_mla_with_kvcache(*inputs, indices=indices, causal=True)
+    with pytest.raises(ValueError, match="attn_sink and topk_length must be None for dense attention"):
+        flash_mla.flash_mla_with_kvcache(*inputs, attn_sink=torch.zeros(3))
     with pytest.raises(ValueError, match=r"\[pages, page_size, 1, head_dim\], got \[\d+, 16, 2, 80\]"):
         flash_mla.flash_mla_with_kvcache(q, cache.expand(-1, -1, 2, -1), *inputs[2:])
     with pytest.raises(ValueError, match="block_table and cache_seqlens must be given"):
         flash_mla.flash_mla_with_kvcache(q, cache, None, None, RANK)
+
+
+def test_sparse_decode() -> None:
+    q, cache, paged = make([20, 33])
+    slots = paged.slots.int()
+    indices = torch.stack([slots[:16], slots[20:36]])[:, None].repeat(1, 2, 1)
+    indices[0, 1] = -1  # a token without a key
+    sink = torch.tensor([0.3, -torch.inf, 1.0])
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, cache, None, None, RANK, flash_mla.get_mla_metadata()[0], indices=indices, attn_sink=sink
+    )
+    scale = 1 / math.sqrt(LATENT)
+    expected, expected_lse = mla_sparse_decode_reference(
+        q, paged.pages, indices, softmax_scale=scale, kv_lora_rank=RANK, attn_sink=sink
+    )
+    torch.testing.assert_close(out, expected)
+    assert lse.shape == (2, 3, 2)
+    assert (lse[0, :, 1] == torch.inf).all()
+    assert (out[0, 1] == 0).all()
+    torch.testing.assert_close(lse[:, :, 0], expected_lse.transpose(1, 2)[:, :, 0])
+
+
+def test_sparse_prefill() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, kv = torch.randn((3, 2, LATENT), generator=generator), torch.randn((9, 1, LATENT), generator=generator)
+    indices = torch.tensor([[[0, 3, 8]], [[1, -1, 9]], [[-1, -1, -1]]], dtype=torch.int32)
+    out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.2, RANK)
+    expected = mla_sparse_prefill_reference(q, kv, indices, softmax_scale=0.2, d_v=RANK)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(max_logits, expected[1])
+    torch.testing.assert_close(lse[:2], expected[2][:2])
+    assert (lse[2] == torch.inf).all()

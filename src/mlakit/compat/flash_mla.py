@@ -12,6 +12,7 @@ import torch
 
 from mlakit.decode import mla_decode
 from mlakit.hardware import device_info
+from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill
 
 # Of an older FlashMLA: what a row of its scheduling table holds.
 _METADATA_SIZE = 8
@@ -71,7 +72,8 @@ def flash_mla_with_kvcache(
 
     Args:
         q: [batch, q_len, num_heads_q, head_dim], bfloat16 or float16.
-        k_cache: [pages, page_size, 1, head_dim], q's dtype. Page sizes other than FlashMLA's 64 work too.
+        k_cache: [pages, page_size, 1, head_dim], q's dtype (sparse decoding too). Page sizes other than FlashMLA's 64
+            work too.
         block_table: [batch, max_pages] int32.
         cache_seqlens: [batch] int32.
         head_dim_v: width of the value, the first entries of a key; 512 for DeepSeek's models.
@@ -79,8 +81,14 @@ def flash_mla_with_kvcache(
         softmax_scale: multiplies the scores; 1/sqrt(head_dim) by default, as FlashMLA has it. (DeepSeek's models want
             1/sqrt(192): give it.)
         causal: bottom-right aligned mask; off by default.
-        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length:
-            FlashMLA's sparse and fp8 decoding, which this function does not have yet: leave them out.
+        is_fp8_kvcache: the cache is FlashMLA's for sparse decoding, [pages, page_size, 1, 656] of one-byte elements:
+            512 e4m3 codes, 4 float32 scales and 64 bfloat16 rope values a token. With `indices` only.
+        indices: [batch, q_len, topk] int32, page * page_size + offset, -1 for none: attend to these tokens alone
+            (sparse decoding; `block_table` and `cache_seqlens` may be None and are not read).
+        attn_sink: [num_heads_q] float32, with `indices`: the output is multiplied by
+            exp(lse) / (exp(lse) + exp(attn_sink)).
+        topk_length: [batch] int32, with `indices`: only the first so many of a request's are used.
+        extra_k_cache, extra_indices_in_kvcache, extra_topk_length: a second cache, which is not here: leave them out.
         out: written instead of a new tensor, [batch, q_len, num_heads_q, head_dim_v].
 
     Returns:
@@ -88,28 +96,85 @@ def flash_mla_with_kvcache(
         log, +inf where a row sees no key (its output is zero).
 
     Raises:
-        ValueError: a wrong shape, dtype or device, more than one key head, or no block table or lengths.
-        NotImplementedError: sparse or fp8 decoding.
+        ValueError: a wrong shape, dtype or device, more than one key head, no block table or lengths for dense
+            attention, a causal mask for sparse.
+        NotImplementedError: a second cache, or an fp8 cache without `indices`.
     """
-    sparse = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
-    if is_fp8_kvcache or any(x is not None for x in sparse):
+    if any(x is not None for x in (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)):
         raise NotImplementedError(
-            "flash_mla_with_kvcache: sparse decoding and fp8 caches are not here yet; leave out is_fp8_kvcache, "
-            "indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length and extra_topk_length"
+            "flash_mla_with_kvcache: leave out extra_k_cache, extra_indices_in_kvcache and extra_topk_length; a second "
+            "cache is not supported"
         )
-    if block_table is None or cache_seqlens is None:
-        raise ValueError("block_table and cache_seqlens must be given for dense attention, got None")
     if k_cache.ndim != 4 or k_cache.shape[2] != 1:
         raise ValueError(f"k_cache must have shape [pages, page_size, 1, head_dim], got {list(k_cache.shape)}")
+    cache, scale = k_cache[:, :, 0], q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if indices is not None:
+        if causal:
+            raise ValueError("causal must be False for sparse attention (indices given), got True")
+        result, lse = mla_sparse_decode(
+            q,
+            cache.view(torch.uint8) if is_fp8_kvcache else cache,
+            indices,
+            softmax_scale=scale,
+            kv_lora_rank=head_dim_v,
+            attn_sink=attn_sink,
+            topk_length=topk_length,
+            out=out,
+        )
+        return result, _plus_inf_if_empty(lse).transpose(1, 2).contiguous()
+    if is_fp8_kvcache:
+        raise NotImplementedError("flash_mla_with_kvcache: is_fp8_kvcache is for sparse attention; give indices")
+    if attn_sink is not None or topk_length is not None:
+        raise ValueError("attn_sink and topk_length must be None for dense attention (no indices)")
+    if block_table is None or cache_seqlens is None:
+        raise ValueError("block_table and cache_seqlens must be given for dense attention, got None")
     result, lse = mla_decode(
         q,
-        k_cache[:, :, 0],
+        cache,
         block_table,
         cache_seqlens,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=scale,
         causal=causal,
         kv_lora_rank=head_dim_v,
         out=out,
     )
-    lse = torch.where(lse == -torch.inf, torch.inf, lse.float())
-    return result, lse.transpose(1, 2).contiguous()
+    return result, _plus_inf_if_empty(lse).transpose(1, 2).contiguous()
+
+
+def flash_mla_sparse_fwd(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend from each query token to the keys that its indices name (sparse prefill).
+
+    Args:
+        q: [s_q, h_q, d_qk], bfloat16 or float16. Any number of heads.
+        kv: [s_kv, h_kv, d_qk].
+        indices: [s_q, h_kv, topk] int32, any topk; below 0 or from s_kv on means none.
+        sm_scale: multiplies the scores.
+        d_v: width of the value.
+        attn_sink: [h_q] float32: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)).
+        topk_length: [s_q] int32: only the first so many indices of a token are used.
+        out: written instead of a new tensor, [s_q, h_q, d_v].
+
+    Returns:
+        out [s_q, h_q, d_v], and max_logits and lse [s_q, h_q] float32, natural log; a row without a key gives zeros,
+        -inf and +inf.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    result, max_logits, lse = mla_sparse_prefill(
+        q, kv, indices, softmax_scale=sm_scale, d_v=d_v, attn_sink=attn_sink, topk_length=topk_length, out=out
+    )
+    return result, max_logits, _plus_inf_if_empty(lse)
+
+
+def _plus_inf_if_empty(lse: torch.Tensor) -> torch.Tensor:
+    return torch.where(lse == -torch.inf, torch.inf, lse.float())

@@ -188,7 +188,8 @@ def _mla_decode_few_kernel(
         before += steps
 
     # Requests without keys: nobody's pieces.
-    for request in range(slot, batch, slots):
+    for other in range(slot, batch, slots):
+        request = slot * 0 + other  # a tensor, also to the type checker
         length = gl.load(seq_lens_ptr + request)
         if gl.minimum(length, capacity) <= 0:
             plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])

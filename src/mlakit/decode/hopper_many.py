@@ -331,7 +331,8 @@ def _attend(
 
     # Requests without keys: nobody's pieces.
     if W == 1:
-        for request in range(slot, batch, slots):
+        for other in range(slot, batch, slots):
+            request = slot * 0 + other  # a tensor, also to the type checker
             length = gl.load(seq_lens_ptr + request)
             if gl.minimum(length, capacity) <= 0:
                 plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
