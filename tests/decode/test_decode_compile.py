@@ -43,7 +43,10 @@ def compile_for(
     ("target", "batch", "q_len", "heads", "dtype", "page_size"),
     [
         (90, 1, 1, 16, torch.bfloat16, 64),
+        (90, 300, 1, 16, torch.bfloat16, 64),
         (90, 300, 1, 32, torch.bfloat16, 64),
+        (90, 3, 1, 32, torch.float16, 1),
+        (90, 3, 2, 16, torch.bfloat16, 64),
         (90, 1, 1, 128, torch.bfloat16, 64),
         (90, 300, 1, 128, torch.float16, 16),
         (90, 4, 2, 64, torch.bfloat16, 64),
@@ -51,6 +54,7 @@ def compile_for(
         (80, 300, 1, 16, torch.bfloat16, 64),
         (80, 4, 2, 64, torch.bfloat16, 64),
         (100, 300, 1, 16, torch.bfloat16, 64),
+        (100, 300, 1, 32, torch.bfloat16, 64),
         (100, 4, 2, 64, torch.bfloat16, 64),
     ],
 )

@@ -87,15 +87,17 @@ def test_slots_share_every_tile_once(
     assert not kept
 
 
-# Every generation, from the 99 KiB of consumer chips to Hopper's 227, and dimensions smaller and larger than
-# DeepSeek's.
+# Every generation, from the 99 KiB of consumer chips to Hopper's 227; dimensions smaller and larger than DeepSeek's;
+# few keys and many; pages below a tile and as large.
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), None])
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 128, 512])
+@pytest.mark.parametrize(("keys", "page_size"), [(1024, 64), (2**24, 16)])
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (64, 16), (256, 64), (1024, 64)])
 def test_every_configuration_fits_shared_memory(
-    capability: tuple[int, int] | None, rows: int, rank: int, rope: int
+    capability: tuple[int, int] | None, rows: int, keys: int, page_size: int, rank: int, rope: int
 ) -> None:
-    config = choose_config(rows=rows, kv_lora_rank=rank, rope_dim=rope, item_bytes=2, capability=capability)
+    shapes = {"rows": rows, "keys": keys, "kv_lora_rank": rank, "rope_dim": rope, "item_bytes": 2}
+    config = choose_config(**shapes, page_size=page_size, capability=capability)
     limit = shared_limit(capability or (8, 0))
     assert config.resident * (config.shared_bytes(rank, rope, 2) + 1024) <= limit + 1024
     assert config.block_m * rank // (32 * config.num_warps) <= 128  # accumulators a thread
@@ -103,4 +105,4 @@ def test_every_configuration_fits_shared_memory(
 
 def test_dimensions_that_fit_no_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="no launch configuration of mla_decode fits"):
-        choose_config(rows=1, kv_lora_rank=8192, rope_dim=64, item_bytes=2, capability=(8, 6))
+        choose_config(rows=1, keys=1, page_size=64, kv_lora_rank=8192, rope_dim=64, item_bytes=2, capability=(8, 6))

@@ -53,11 +53,20 @@ def shared_limit(capability: tuple[int, int]) -> int:
 
 
 def choose_config(
-    *, rows: int, kv_lora_rank: int, rope_dim: int, item_bytes: int, capability: tuple[int, int] | None
+    *,
+    rows: int,
+    keys: int,
+    page_size: int,
+    kv_lora_rank: int,
+    rope_dim: int,
+    item_bytes: int,
+    capability: tuple[int, int] | None,
 ) -> DecodeConfig:
-    """The launch configuration for `rows` query rows a request; None as capability is the interpreter."""
+    """The launch configuration for `rows` query rows a request, where all tables together have room for `keys` keys;
+    None as capability is the interpreter.
+    """
     capability = capability or (8, 0)
-    config = _preferred(rows, capability)
+    config = _preferred(rows, keys, page_size, capability)
     if config.block_m * kv_lora_rank > 4096 * config.num_warps:  # 128 accumulators a thread
         config = DecodeConfig(16, 32, 8, 3, 1)
     limit = shared_limit(capability)
@@ -68,16 +77,24 @@ def choose_config(
     return config
 
 
-def _preferred(rows: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys. 128x16x8192: (16, 32, 4, 3) takes
-    # 316 us, (16, 64, 4, 3) 340, (32, 64, 8, 3) 464. 64x32x4096: (32, 64, 8, 3) 139, two tiles of 16 rows 166, (64, 64,
-    # 8, 2) 175, (32, 32, 8, 5) 212. 128x128x8192: (64, 64, 8, 2) 1139, (64, 32, 8, 4) 1427, (32, 64, 8, 3) 1751.
-    # Elsewhere by arithmetic on shared memory.
+def _preferred(rows: int, keys: int, page_size: int, capability: tuple[int, int]) -> DecodeConfig:
+    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys, in microseconds. Elsewhere by
+    # arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
+        # (16, 64, 4, 3) and two programs of (16, 32, 4, 3): 1x16x8192 16.4 and 17.2, 32x16x8192 98.9 and 100.8,
+        # 64x16x4096 106.5 and 107.8, 128x16x8192 305.7 and 306.1, 128x16x4096 of very different lengths 177.1 and
+        # 172.8.
+        if large and keys <= 2**19:
+            return DecodeConfig(16, 64, 4, 3, 1)
         return DecodeConfig(16, 32, 4, 3, 2 if large else 1)
     if rows <= 32 or capability[0] != 9:
-        return DecodeConfig(32, 64, 8, 3, 1) if large else DecodeConfig(32, 32, 8, 3, 1)
+        if not large:
+            return DecodeConfig(32, 32, 8, 3, 1)
+        # 4 and 8 warps: 64x32x4096 110.5 and 123.8, 128x32x8192 370.5 and 424.7, 1x32x8192 20.5 and 20.0. With 4 no
+        # register is left: where a tile gathers several pages, or on sm_100, they spill.
+        return DecodeConfig(32, 64, 4 if capability[0] == 9 and page_size >= 64 else 8, 3, 1)
+    # 128x128x8192: (64, 64, 8, 2) 1023, (64, 32, 8, 4) 1286.
     return DecodeConfig(64, 64, 8, 2, 1)
 
 
@@ -134,16 +151,17 @@ def _plan_call(
     device: DeviceInfo,
 ) -> _CallPlan:
     batch, q_len, heads, latent_dim = shape
-    rows, rope_dim = q_len * heads, latent_dim - kv_lora_rank
+    rows, rope_dim, capacity = q_len * heads, latent_dim - kv_lora_rank, max_pages * page_size
     config = config or choose_config(
         rows=rows,
+        keys=batch * capacity,
+        page_size=page_size,
         kv_lora_rank=kv_lora_rank,
         rope_dim=rope_dim,
         item_bytes=item_bytes,
         capability=device.capability,
     )
     row_tiles = triton.cdiv(rows, config.block_m)
-    capacity = max_pages * page_size
     min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
     plan = plan_slots(
         batch=batch,
@@ -173,7 +191,11 @@ def _plan_call(
     # are rows enough to fill the device, a program takes a whole one, and its start is paid less often.
     pieces = plan.splits or triton.cdiv(plan.slots, max(batch, 1)) + 1
     whole_rows = batch * rows >= 8 * device.units and pieces <= 8
-    block_c = min(512 if whole_rows else 128, kv_lora_rank)
+    block_p = min(64, max(2, triton.next_power_of_2(pieces)))
+    block_c = 512 if whole_rows else 128
+    if pieces > 96 and batch * rows * (kv_lora_rank // 64) <= device.units:  # 1x16x8192: 1 us less
+        block_p, block_c = 128, 64
+    block_c = min(block_c, kv_lora_rank)
     return _CallPlan(
         grid=(plan.slots * row_tiles, 1, 1),
         counts=(batch, q_len, heads, row_tiles, plan.slots, plan.splits or 0, capacity),
@@ -191,7 +213,7 @@ def _plan_call(
         combine_grid=(batch * rows, kv_lora_rank // block_c, 1) if plan.is_split else None,
         combine_counts=(batch, heads, rows, row_tiles, plan.slots, plan.splits or 0, capacity),
         combine_constants={
-            "BLOCK_P": min(64, max(2, triton.next_power_of_2(pieces))),
+            "BLOCK_P": block_p,
             "BLOCK_C": block_c,
             **shared,
         },
