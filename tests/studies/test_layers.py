@@ -179,9 +179,11 @@ def test_an_interrupted_study_leaves_what_it_has(small, tmp_path, replace_attend
     replace_attend("absorb", spoil)
     flags = [*small, "--implementations", "naive", "absorb", "--phase", "prefill"]
     sizes = ["--batch-sizes", "1", "--seq-lengths", "16", "24", "--output-dir", str(tmp_path)]
-    assert main(["study", "layers", *flags, *sizes]) == 130
+    record = tmp_path / "records" / "layers.json"
+    assert main(["study", "layers", *flags, *sizes, "--output-json", str(record)]) == 130
     assert [row["implementation"] for row in _rows(tmp_path)] == ["naive", "absorb"]
-    assert json.loads((tmp_path / "record.json").read_text())["complete"] is False
+    assert json.loads(record.read_text())["complete"] is False
+    assert not (tmp_path / "record.json").exists()
 
 
 def test_a_bar_on_a_terminal_stays_out_of_the_output(tmp_path, small):

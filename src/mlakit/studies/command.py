@@ -25,6 +25,19 @@ def output_folder(path: Path | None, study: str, flag: str) -> Path:
     return folder
 
 
+def output_file(path: Path | None, flag: str) -> Path | None:
+    """The file to write, with its folder made if need be.
+
+    Raises:
+        ValueError: it is a folder, or its folder cannot be made.
+    """
+    if path is not None and path.is_dir():
+        raise ValueError(f"{flag}: {str(path)!r} is a folder; expected a file to write to")
+    if path is not None:
+        output_folder(path.parent, "", flag)
+    return path
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake."""

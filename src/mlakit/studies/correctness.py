@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.command import output_folder, progress, run_study
+from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.correctness_report import FLOAT64, Pair, Run, pairs_csv, runs_csv, size_table, verdict
 from mlakit.studies.layer_options import (
     Options,
@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="writes PREFIX.png and PREFIX.csv (latency and memory), PREFIX_pairs.csv (differences) and PREFIX.json "
         "(default: mlakit-runs/correctness-DATE-TIME/correctness)",
+    )
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE", help="the record, with all that was measured (default: PREFIX.json)"
     )
     add_implementations(parser)
     add_common_arguments(parser)
@@ -185,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
     layers.require_possible()
     folder = output_folder(args.output.parent if args.output else None, "correctness", "--output")
     prefix = folder / (args.output.name if args.output else "correctness")
+    record_path = output_file(args.output_json, "--output-json") or prefix.with_name(prefix.name + ".json")
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, tolerance {options.tolerance:g}")
     if not options.is_cuda:
         if args.model is args.min_seq_len is args.max_seq_len is args.batch_sizes is None:
@@ -212,9 +216,9 @@ def run(args: argparse.Namespace) -> int:
                     print("\n".join(size_table(mine, found, sizes.decode_steps)), end="\n\n", flush=True)
                     runs += mine
                     pairs += found
-                    save(prefix, record, runs, pairs)
+                    save(record_path, prefix, record, runs, pairs)
     record["complete"] = True
-    saved = save(prefix, record, runs, pairs)
+    saved = save(record_path, prefix, record, runs, pairs)
     picture = prefix.with_name(prefix.name + ".png")
     if _plot(runs, f"{info.name}\n{shape.title}, {options.dtype}", picture):
         saved.append(picture)
@@ -223,21 +227,21 @@ def run(args: argparse.Namespace) -> int:
     return 0 if pairs and all(pair.agrees for pair in pairs) else 1
 
 
-def save(prefix: Path, record: dict[str, Any], runs: Sequence[Run], pairs: Sequence[Pair]) -> list[Path]:
+def save(
+    record_path: Path, prefix: Path, record: dict[str, Any], runs: Sequence[Run], pairs: Sequence[Pair]
+) -> list[Path]:
     """Write the record and both tables as they are so far, each in one step."""
     from mlakit.bench.results import write_atomically
 
     record |= {"rows": [asdict(run) for run in runs], "pairs": [pair.as_json() for pair in pairs]}
     contents = {
-        ".json": json.dumps(record, indent=1, allow_nan=False) + "\n",
-        ".csv": runs_csv(runs, pairs),
-        "_pairs.csv": pairs_csv(pairs),
+        record_path: json.dumps(record, indent=1, allow_nan=False) + "\n",
+        prefix.with_name(prefix.name + ".csv"): runs_csv(runs, pairs),
+        prefix.with_name(prefix.name + "_pairs.csv"): pairs_csv(pairs),
     }
-    paths = []
-    for suffix, text in contents.items():
-        paths.append(prefix.with_name(prefix.name + suffix))
-        write_atomically(paths[-1], text)
-    return paths
+    for path, text in contents.items():
+        write_atomically(path, text)
+    return list(contents)
 
 
 def _plot(runs: Sequence[Run], title: str, path: Path) -> bool:

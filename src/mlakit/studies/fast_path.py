@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.command import progress, run_study
+from mlakit.studies.command import output_file, progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
 from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
 
@@ -167,9 +167,8 @@ def run(args: argparse.Namespace) -> int:
     info, (shape,) = device_info(options.device), options.shapes
     layers = Layers(shape, options, batch, lengths[-1])
     layers.require_possible()
-    for flag, path in (("--output-json", args.output_json), ("--output-csv", args.output_csv)):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{flag}: {str(path)!r} is a folder; expected a file to write to")
+    output_file(args.output_json, "--output-json")
+    output_file(args.output_csv, "--output-csv")
     mask = None if args.mask == "none" else args.mask
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, mask {args.mask}")
     if not options.is_cuda:

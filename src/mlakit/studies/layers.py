@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.command import output_folder, progress, run_study
+from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.layer_options import (
     Options,
     add_common_arguments,
@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-check", action="store_true", help="time results without comparing them with float64")
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="made if need be (default: mlakit-runs/layers-DATE-TIME)"
+    )
+    parser.add_argument(
+        "--output-json",
+        type=Path,
+        metavar="FILE",
+        help="the record, with all that was measured (default: DIR/record.json)",
     )
     add_common_arguments(parser, many_shapes=True)
 
@@ -186,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
     for shape in options.shapes:
         Layers(shape, options, *most).require_possible()
     folder = output_folder(args.output_dir, "layers", "--output-dir")
+    record_path = output_file(args.output_json, "--output-json") or folder / "record.json"
     info = device_info(options.device)
     notes = _notes(options, sizes, given=bool(args.model or args.batch_sizes or args.seq_lengths))
     print(f"{info.name}: {'; '.join(shape.title for shape in options.shapes)}")
@@ -211,17 +218,18 @@ def run(args: argparse.Namespace) -> int:
                         rows += mine
                         for job in groups(mine):
                             print("\n".join(table(job)), flush=True)
-                        save(folder, record, rows)
+                        save(record_path, folder, record, rows)
                 del layers
                 free_memory()
     record["complete"] = True
-    saved = [*save(folder, record, rows), *_plots(folder, rows, info.name)]
+    saved = [*save(record_path, folder, record, rows), *_plots(folder, rows, info.name)]
     report = folder / "summary.md"
     report.write_text(markdown(rows, info.name, record, notes))
     for title, lines in (("Findings", findings(rows)), ("Recommendations", recommendations(rows))):
         print(f"\n{title}:")
         print("\n".join(f"  - {line}" for line in lines) or "  none")
-    print(f"saved in {folder}: {', '.join(path.name for path in [*saved, report])}", file=sys.stderr)
+    names = (path.name if path.parent == folder else str(path) for path in [*saved, report])
+    print(f"saved in {folder}: {', '.join(names)}", file=sys.stderr)
     return 1 if any(row.wrong for row in rows) or not any(row.median for row in rows) else 0
 
 
@@ -248,12 +256,12 @@ def _notes(options: Options, sizes: Sizes, *, given: bool) -> list[str]:
     return notes
 
 
-def save(folder: Path, record: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
+def save(record_path: Path, folder: Path, record: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
     """Write the record and the details as they are so far, each in one step."""
     from mlakit.bench.results import write_atomically
 
     record["rows"] = [row.as_json() for row in rows]
-    paths = [folder / "record.json", folder / "details.csv"]
+    paths = [record_path, folder / "details.csv"]
     write_atomically(paths[0], json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_atomically(paths[1], csv_text(rows))
     return paths
