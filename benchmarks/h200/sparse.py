@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import CUDA, Candidate, Job, Tensors, parse_arguments, run
 
-from mlakit.cache import pack_fp8
+from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.sparse import (
     mla_sparse_decode,
     mla_sparse_decode_reference,
@@ -134,8 +134,8 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     remap = torch.full((pages,), -1, device=CUDA)
     remap[torch.unique(page[some])] = torch.arange(len(near), device=CUDA)
     mine = (remap[page[some]] * PAGE + position[some] % PAGE).int()
-    exact_keys = near if fp8 else near.double()
-    exact = mla_sparse_decode_reference(q[some].double(), exact_keys, mine, softmax_scale=SCALE)
+    near = unpack_fp8(near) if fp8 else near  # what is attended to is the value rounded to bfloat16
+    exact = mla_sparse_decode_reference(q[some].double(), near.double(), mine, softmax_scale=SCALE)
     eager = mla_sparse_decode_reference(q[some], near, mine, softmax_scale=SCALE)[0]
     out = torch.empty((batch, q_len, heads, RANK), dtype=q.dtype, device=CUDA)
     lse = torch.empty((batch, q_len, heads), device=CUDA)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlakit.cache import pack_fp8
+from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.hardware import capability
 from mlakit.sparse import (
     mla_sparse_decode,
@@ -93,8 +93,9 @@ def decode(inputs: Tensors, **options: Any) -> tuple[torch.Tensor, torch.Tensor]
 def check_decode(inputs: Tensors, out: torch.Tensor, lse: torch.Tensor, **options: Any) -> None:
     q, cache, indices = inputs
     options = {"softmax_scale": q.shape[-1] ** -0.5, **options}
-    exact_cache = cache if cache.dtype == torch.uint8 else cache.double()
-    exact, exact_lse = mla_sparse_decode_reference(q.double(), exact_cache, indices, **options)
+    if cache.dtype == torch.uint8:  # what is attended to is the value rounded to q's dtype
+        cache = unpack_fp8(cache, options.get("kv_lora_rank", 512), q.dtype)
+    exact, exact_lse = mla_sparse_decode_reference(q.double(), cache.double(), indices, **options)
     eager, _ = mla_sparse_decode_reference(q, cache, indices, **options)
     assert_close(out, exact, eager)
     compared = compare_lse(lse, exact_lse)

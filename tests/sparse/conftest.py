@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlakit.cache import pack_fp8
+from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.sparse import mla_sparse_decode_reference, mla_sparse_prefill_reference
 from mlakit.testing import assert_close, compare_lse
 
@@ -64,9 +64,11 @@ class Decode:
 
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Compare with float64, with eager PyTorch in the same dtype as the yardstick."""
-        cache = self.cache if self.cache.dtype == torch.uint8 else self.cache.double()
-        exact = mla_sparse_decode_reference(self.q.double(), cache, self.indices, **self.options)
-        eager = mla_sparse_decode_reference(*self.inputs, **self.options)
+        cache, rank = self.cache, self.options["kv_lora_rank"]
+        if cache.dtype == torch.uint8:  # what is attended to is the value rounded to q's dtype
+            cache = unpack_fp8(cache, rank, self.q.dtype)
+        exact = mla_sparse_decode_reference(self.q.double(), cache.double(), self.indices, **self.options)
+        eager = mla_sparse_decode_reference(self.q, cache, self.indices, **self.options)
         assert_close(out, exact[0], eager[0])
         found = compare_lse(lse, exact[1])
         assert found.ok, found.reason

@@ -103,7 +103,7 @@ def mla_sparse_decode(
             any number of heads.
         cache: [pages, page_size, latent_dim] in q's dtype, or the float8 cache, uint8 [pages, page_size, bytes] (656
             bytes for DeepSeek: 512 e4m3 codes, 4 float32 scales, 64 bfloat16 rope values), dequantized inside the
-            kernel. Slots that no index names are not read and may hold anything.
+            kernel: code * scale, rounded to q's dtype. Slots that no index names are not read and may hold anything.
         indices: [batch, q_len, topk] int32, page * page_size + offset, in any order, any topk. An index below 0 or past
             the cache is ignored, wherever it stands; one that is given twice counts twice.
         softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is

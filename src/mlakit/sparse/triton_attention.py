@@ -84,7 +84,7 @@ def _plain_tile(
     acc_b = tl.zeros([BLOCK_M, HALF], tl.float32)
     index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
     for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        valid = (index >= 0) & (index < s_kv)
+        valid = index.to(tl.uint32) < s_kv  # below 0 is far above
         offset = _offsets(index, stride_kp, stride_kt, PAGE_SIZE)
         if FP8:
             k_a = _dequantized(kv_ptr, offset, valid, 0, RANK, HALF, NATIVE).to(q_a.dtype)
@@ -140,7 +140,7 @@ def _warpgroup_tile(
     acc = tl.zeros([BLOCK_M, RANK], tl.float32)
     index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
     for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        valid = (index >= 0) & (index < s_kv)
+        valid = index.to(tl.uint32) < s_kv  # below 0 is far above
         offset = _offsets(index, stride_kp, stride_kt, PAGE_SIZE)
         k_c = tl.load(kv_ptr + offset[None, :] + c[:, None], mask=valid[None, :], other=0.0)
         if ROPE > 0:
@@ -187,7 +187,7 @@ def _warpgroup_fp8_tile(
     acc = tl.zeros([BLOCK_M, RANK], tl.float32)
     index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
     for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        valid = (index >= 0) & (index < s_kv)
+        valid = index.to(tl.uint32) < s_kv  # below 0 is far above
         offset = _offsets(index, stride_kp, stride_kt, PAGE_SIZE)
         k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE).to(q_c.dtype)
         if ROPE > 0:
