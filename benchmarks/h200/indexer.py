@@ -34,29 +34,30 @@ FEW_ROWS = [(64, 131072), (1, 131072)]
 CHECKED = 16
 
 LOGITS = [
-    LogitsConfig(2, 64, 4, 3),
-    *(LogitsConfig(2, 64, 4, stages, descriptors=True) for stages in (2, 3, 4)),
-    *(LogitsConfig(2, 64, 4, 3, split, descriptors=True) for split in (1024, 4096)),
-    *(LogitsConfig(2, 128, 8, stages, descriptors=True) for stages in (2, 3, 4)),
-    LogitsConfig(2, 128, 4, 3, descriptors=True),
-    LogitsConfig(1, 128, 4, 3),
-    LogitsConfig(1, 128, 4, 3, descriptors=True),
-    LogitsConfig(4, 64, 8, 3, descriptors=True),
-    LogitsConfig(4, 64, 4, 3, descriptors=True),
-    LogitsConfig(4, 128, 8, 3, descriptors=True),
+    *(LogitsConfig(2, 64, 4, stages, descriptors=True) for stages in (3, 4, 5)),
+    *(LogitsConfig(2, 64, 4, stages, split, descriptors=True) for stages in (4, 5) for split in (2048, 8192)),
+    *(LogitsConfig(2, 64, 4, stages, split) for stages in (3, 4) for split in (2048, 8192)),
+    LogitsConfig(2, 128, 4, 3, 8192, descriptors=True),
 ]
 PAGED = [
     LogitsConfig(block_q, block_n, warps, stages, split)
-    for block_q, block_n, warps, stages in [(1, 64, 4, 3), (1, 64, 4, 4), (1, 128, 4, 3), (2, 64, 4, 3), (1, 128, 8, 3)]
-    for split in (1024, 2048, 8192)
+    for block_q, block_n, warps, stages in [
+        (1, 128, 4, 3),
+        (1, 128, 4, 4),
+        (2, 64, 4, 3),
+        (2, 64, 4, 4),
+        (2, 128, 4, 3),
+    ]
+    for split in (512, 1024, 2048)
 ]
 TOPK = [
-    TopkConfig(capacity, sample, 2048, emit, warps, programs, registers)
-    for capacity, sample, emit, warps, programs, registers in [
-        (4096, 2048, 1024, 8, 2, None), (4096, 4096, 1024, 8, 2, None), (4096, 4096, 1024, 8, 4, 64),
-        (4096, 2048, 1024, 8, 4, 64), (4096, 4096, 1024, 4, 4, 128), (4096, 2048, 1024, 4, 4, 128),
-        (4096, 4096, 2048, 16, 2, 64), (8192, 8192, 1024, 8, 2, None), (8192, 8192, 2048, 16, 2, 64),
-        (8192, 4096, 2048, 16, 2, 64), (8192, 4096, 1024, 8, 2, 128),
+    TopkConfig(capacity, sample, 1024, warps, programs, registers, prefetch)
+    for capacity, sample, warps, programs, registers, prefetch in [
+        (4096, 2048, 8, 4, 64, False), (4096, 2048, 8, 4, 64, True), (4096, 2048, 8, 3, 80, True),
+        (4096, 2048, 4, 4, 128, True), (4096, 2048, 4, 8, 64, False), (4096, 4096, 8, 4, 64, True),
+        (4096, 4096, 8, 3, 80, True), (4096, 8192, 8, 4, 64, True), (4096, 8192, 8, 3, 80, True),
+        (4096, 8192, 16, 2, 64, True), (4096, 8192, 16, 2, 64, False), (8192, 4096, 16, 2, 64, True),
+        (8192, 8192, 16, 2, 64, True), (4096, 8192, 32, 1, 64, True),
     ]
 ]  # fmt: skip
 
@@ -146,8 +147,6 @@ def deep_gemm_paged(peer: Any, arguments: tuple[Any, ...], columns: int) -> Tens
     """DeepGEMM's paged logits, its schedule included: it depends on the lengths, which are new in every step."""
     q, cache, weights, table, lens = arguments
     units = torch.cuda.get_device_properties(0).multi_processor_count
-    newest = torch.arange(1 - q.shape[1], 1, device=CUDA, dtype=torch.int32)
-    lens = lens[:, None] + newest  # of each new token
     schedule = peer.get_paged_mqa_logits_metadata(lens, PAGE, units)
     rows = weights.view(-1, weights.shape[-1])
     return (peer.fp8_paged_mqa_logits(q, cache.unsqueeze(2), rows, lens, table, schedule, columns, True),)
@@ -190,6 +189,11 @@ def tuned_topk(logits: torch.Tensor, config: TopkConfig) -> Tensors:
     return (out.view(torch.float32),)
 
 
+def torch_topk(logits: torch.Tensor, ordered: bool) -> Tensors:
+    values, index = torch.topk(logits, K, dim=1, sorted=ordered)
+    return values, index.view(torch.float64)
+
+
 def topk_jobs(tune: bool) -> Iterator[Job]:
     for rows, columns in [*SHAPES, *FEW_ROWS]:
         logits = indexer_logits(*inputs(rows, columns))
@@ -206,14 +210,11 @@ def topk_jobs(tune: bool) -> Iterator[Job]:
         # Indices are seen as floats, so that the check can tell that they are written.
         job.candidates.append(("triton", lambda x=logits: (select_topk(x, K).view(torch.float32),)))
 
-        def theirs(x: torch.Tensor = logits) -> Tensors:
-            values, index = torch.topk(x, K, dim=1, sorted=False)
-            return values, index.view(torch.float64)
-
-        job.candidates.append(("torch.topk", theirs))
+        for name, ordered in (("torch.topk", True), ("torch.topk unsorted", False)):
+            job.candidates.append((name, partial(torch_topk, logits, ordered)))
         for config in TOPK if tune else ():
-            name = f"c{config.capacity} s{config.sample} e{config.emit} w{config.num_warps} x{config.programs}"
-            name += f" r{config.max_registers}" if config.max_registers else ""
+            name = f"c{config.capacity} s{config.sample} w{config.num_warps} x{config.programs}"
+            name += f" r{config.max_registers}" + (" ahead" if config.prefetch else "")
             job.candidates.append((name, partial(tuned_topk, logits, config)))
         yield job
 

@@ -126,11 +126,11 @@ def _rows(columns):
 @pytest.mark.parametrize(
     ("columns", "k", "rows", "config"),
     [
-        (256, 40, range(14), TopkConfig(256, 64, 64, 128, 1, 1)),
-        (77, 100, range(14), TopkConfig(128, 64, 64, 64, 1, 1)),
-        (1201, 100, (0, 1, 3, 8, 10), TopkConfig(512, 256, 512, 256, 1, 1)),
-        (600, 1, (2, 4, 11), TopkConfig(256, 128, 512, 128, 1, 1)),
-        (301, 30, (0, 3, 5, 12), TopkConfig(64, 64, 256, 128, 1, 1)),
+        (256, 40, range(14), TopkConfig(256, 64, 64, 1, 1)),
+        (77, 100, range(14), TopkConfig(128, 64, 64, 1, 1)),
+        (1201, 100, (0, 1, 3, 8, 10), TopkConfig(512, 256, 512, 1, 1, prefetch=True)),
+        (600, 1, (2, 4, 11), TopkConfig(256, 128, 512, 1, 1)),
+        (301, 30, (0, 3, 5, 12), TopkConfig(64, 64, 256, 1, 1)),
     ],
 )
 def test_selection(columns, k, rows, config):

@@ -40,17 +40,16 @@ def logits_config(s_q: int, s_kv: int, heads: int, info: DeviceInfo, *, paged: b
 @dataclass(frozen=True)
 class TopkConfig:
     """How `select_topk` works on a row: up to `capacity` keys in registers, of longer rows first `sample` of them and
-    then candidates, collected in steps of `block` and written in
-    steps of `emit`; `programs` of `num_warps` warps a multiprocessor at most.
+    then candidates, `programs` of `num_warps` warps a multiprocessor at most.
     """
 
     capacity: int
     sample: int
     block: int
-    emit: int
     num_warps: int
     programs: int
     max_registers: int | None = None
+    prefetch: bool = False
 
 
 def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
@@ -61,4 +60,4 @@ def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
     sample = 4096 if columns <= 65536 else 8192
     few = rows <= units  # a row to a multiprocessor: let more threads at it
     warps = 16 if few or capacity > 8192 else 8
-    return TopkConfig(capacity, sample, 2048, 1024, num_warps=warps, programs=4 if warps == 8 else 2)
+    return TopkConfig(capacity, sample, 2048, num_warps=warps, programs=4 if warps == 8 else 2)

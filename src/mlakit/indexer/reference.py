@@ -94,7 +94,9 @@ def select_topk_reference(logits: torch.Tensor, k: int, lengths: torch.Tensor | 
     live = ~torch.isneginf(logits)
     if lengths is not None:
         live &= column < lengths[:, None]
-    order = torch.sort(logits.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True).indices[:, :k]
+    # On a GPU long rows are sorted by their bits, in which NaN and zero have signs.
+    values = torch.where(logits.isnan(), torch.nan, logits + 0.0).masked_fill(~live, -torch.inf)
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :k]
     # Columns that do not count sort behind all others, and come last in ascending order too.
     chosen = torch.where(live.gather(1, order), order, columns).sort(dim=-1).values
     out = logits.new_full((logits.shape[0], k), -1, dtype=torch.int32)

@@ -45,6 +45,33 @@ def _cuts(low, high):
 
 
 @triton.jit
+def _value_of(key):
+    """The float32 that has a key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _guesses(low, high, count, above, k):
+    """Two keys around where the k-th largest should be: one guess is that the keys in [low, high) are spread evenly,
+    the other that they thin out exponentially, as the tail of a normal distribution nearly does.
+    """
+    bottom = _value_of(low)
+    width = _value_of(high - 1) - bottom
+    inside = (count - above).to(tl.float32)
+    wanted = (k - above).to(tl.float32)
+    even = 1 - wanted / inside
+    all_keys = tl.log2(count.to(tl.float32))
+    thinning = (all_keys - tl.log2(k.to(tl.float32))) / (all_keys - tl.log2(above.to(tl.float32) + 0.5))
+    margin = (0.6 * tl.sqrt(wanted * even) + 0.3) / inside
+    first = _keys_of(bottom + width * (tl.minimum(even, thinning) - margin)).to(tl.int64)
+    second = _keys_of(bottom + width * (tl.maximum(even, thinning) + margin)).to(tl.int64)
+    # Whatever the guesses are worth (they may be NaN): they must be inside.
+    first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+    return first, tl.minimum(tl.maximum(second, first), high - 1)
+
+
+@triton.jit
 def _narrow(low, high, count, above, first, second, in_first, in_second, k):
     """The third that holds the k-th largest. `count` keys are at least low, `above` at least high."""
     if in_second >= k:
@@ -71,9 +98,14 @@ def _search(keys, k, tolerance):
     low = tl.min(tl.where(live, keys, 0x7FFFFFFF)).to(tl.int64)
     high = tl.max(keys).to(tl.int64) + 1
     count = tl.sum(live.to(tl.int32))
-    above = 0
+    above = count * 0
+    guess = True
     while (high - low > 1) & (count - k > tolerance):
-        first, second = _cuts(low, high)
+        if guess:
+            first, second = _guesses(low, high, count, above, k)
+        else:
+            first, second = _cuts(low, high)
+        guess = not guess
         both = (keys >= first.to(tl.int32)).to(tl.int32) + ((keys >= second.to(tl.int32)).to(tl.int32) << 16)
         found = tl.sum(both)
         low, high, count, above = _narrow(low, high, count, above, first, second, found & 0xFFFF, found >> 16, k)
@@ -81,9 +113,9 @@ def _search(keys, k, tolerance):
 
 
 @triton.jit
-def _values(row_ptr, start, length, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _values(row_ptr, start, length, hidden, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """Values [BLOCK / 4, 4] of a row from `start` on, -inf past its end."""
-    group = start + tl.arange(0, BLOCK // 4) * 4
+    group = start + (tl.arange(0, BLOCK // 4) + hidden) * 4
     offs = group[:, None] + tl.arange(0, 4)[None, :]
     if WHOLE:  # sixteen bytes at a time, the last ones of a row too
         x = tl.load(row_ptr + offs, mask=(group < length)[:, None], other=float("-inf"))
@@ -95,11 +127,11 @@ def _values(row_ptr, start, length, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _search_in_place(row_ptr, length, k, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _search_in_place(row_ptr, length, k, hidden, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """`_search` of a row that is read from memory in each round."""
     live = tl.zeros((BLOCK // 4, 4), tl.int32)
     for start in range(0, length, BLOCK):
-        live += (_keys_of(_values(row_ptr, start, length, BLOCK, WHOLE)) > NOTHING).to(tl.int32)
+        live += (_keys_of(_values(row_ptr, start, length, hidden, BLOCK, WHOLE)) > NOTHING).to(tl.int32)
     count = tl.sum(live)
     low = tl.full((), NOTHING + 1, tl.int64)
     high = tl.full((), 0x7FFFFFFF, tl.int64) + 1
@@ -109,7 +141,7 @@ def _search_in_place(row_ptr, length, k, BLOCK: tl.constexpr, WHOLE: tl.constexp
         in_first = tl.zeros((BLOCK // 4, 4), tl.int32)
         in_second = tl.zeros((BLOCK // 4, 4), tl.int32)
         for start in range(0, length, BLOCK):
-            keys = _keys_of(_values(row_ptr, start, length, BLOCK, WHOLE))
+            keys = _keys_of(_values(row_ptr, start, length, hidden, BLOCK, WHOLE))
             in_first += (keys >= first.to(tl.int32)).to(tl.int32)
             in_second += (keys >= second.to(tl.int32)).to(tl.int32)
         low, high, count, above = _narrow(
@@ -119,9 +151,9 @@ def _search_in_place(row_ptr, length, k, BLOCK: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def _sampled_threshold(row_ptr, length, k, SAMPLE: tl.constexpr):
+def _sampled_threshold(row_ptr, length, k, hidden, SAMPLE: tl.constexpr):
     """A key that, judging by a sample, a little more than k of a row's keys are not below."""
-    offs = tl.arange(0, SAMPLE)
+    offs = tl.arange(0, SAMPLE) + hidden
     apart = length // (SAMPLE // GROUP)  # at least GROUP: rows are longer than their sample
     keys = _keys_of(tl.load(row_ptr + (offs // GROUP) * apart + offs % GROUP))
     # Three and a half standard deviations of the number of the k largest that are in the sample.
@@ -156,24 +188,30 @@ def _store_four(scratch_ptr, x, first, threshold, position):
         mine = tl.sum(tl.where(column == i, hit, 0), axis=1)
         high = tl.sum(tl.where(column == i, bits, 0), axis=1)
         candidate = (high.to(tl.int64) << 32) | (first + i).to(tl.uint32).to(tl.int64)
-        tl.store(scratch_ptr + position, candidate, mask=mine > 0)
+        tl.store(scratch_ptr + position.to(tl.uint32).to(tl.int64), candidate, mask=mine > 0)
         position += mine
     return position
 
 
 @triton.jit
-def _collect_block(row_ptr, scratch_ptr, start, length, threshold, total, THREADS: tl.constexpr, TAIL: tl.constexpr):
+def _sixteen(row_ptr, start, length, TAIL: tl.constexpr, THREADS: tl.constexpr):
+    """Sixteen neighbours a thread, from `start` on, in four parts."""
+    offs = start + tl.arange(0, THREADS)[:, None] * 16 + tl.arange(0, 4)[None, :]
+    a = _four(row_ptr, offs, length, TAIL)
+    b = _four(row_ptr, offs + 4, length, TAIL)
+    c = _four(row_ptr, offs + 8, length, TAIL)
+    d = _four(row_ptr, offs + 12, length, TAIL)
+    return a, b, c, d
+
+
+@triton.jit
+def _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS: tl.constexpr):
     """Write what is not below the threshold, each value with its index, in order, after `total` others.
 
     A thread has sixteen neighbours, and only their counts are summed over threads: that sum is the dear part. Values
     are stored column by column, as the neighbours would otherwise be dealt out to other threads first.
     """
     run = start + tl.arange(0, THREADS) * 16
-    offs = run[:, None] + tl.arange(0, 4)[None, :]
-    a = _four(row_ptr, offs, length, TAIL)
-    b = _four(row_ptr, offs + 4, length, TAIL)
-    c = _four(row_ptr, offs + 8, length, TAIL)
-    d = _four(row_ptr, offs + 12, length, TAIL)
     hits = _hits(a, threshold) + _hits(b, threshold) + _hits(c, threshold) + _hits(d, threshold)
     position = total + tl.cumsum(hits, axis=0) - hits
     position = _store_four(scratch_ptr, a, run, threshold, position)
@@ -184,38 +222,67 @@ def _collect_block(row_ptr, scratch_ptr, start, length, threshold, total, THREAD
 
 
 @triton.jit
-def _collect(row_ptr, scratch_ptr, length, threshold, CAPACITY: tl.constexpr, THREADS: tl.constexpr):
+def _collect(row_ptr, scratch_ptr, hidden, length, key, CAPACITY: tl.constexpr, THREADS: tl.constexpr,
+             PREFETCH: tl.constexpr):  # fmt: skip
     """`_collect_block` over a row, until it ends or more than CAPACITY values were found; how many were found."""
-    bits = threshold ^ ((threshold >> 31) & 0x7FFFFFFF)
-    threshold = bits.to(tl.float32, bitcast=True)
-    total = 0
-    start = 0
-    while (start + 16 * THREADS <= length) & (total <= CAPACITY):
-        total = _collect_block(row_ptr, scratch_ptr, start, length, threshold, total, THREADS, False)
-        start += 16 * THREADS
+    STEP: tl.constexpr = 16 * THREADS
+    threshold = _value_of(key)
+    total = hidden
+    start = hidden
+    if PREFETCH:
+        if start + STEP <= length:
+            a, b, c, d = _sixteen(row_ptr, start, length, False, THREADS)
+            while (start + 2 * STEP <= length) & (total <= CAPACITY):
+                e, f, g, h = _sixteen(row_ptr, start + STEP, length, False, THREADS)
+                total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
+                a = e
+                b = f
+                c = g
+                d = h
+                start += STEP
+            total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
+            start += STEP
+    else:
+        while (start + STEP <= length) & (total <= CAPACITY):
+            a, b, c, d = _sixteen(row_ptr, start, length, False, THREADS)
+            total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
+            start += STEP
     if (start < length) & (total <= CAPACITY):
-        total = _collect_block(row_ptr, scratch_ptr, start, length, threshold, total, THREADS, True)
+        a, b, c, d = _sixteen(row_ptr, start, length, True, THREADS)
+        total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
     return total
 
 
 @triton.jit
-def _emit(keys, index, out_ptr, limit, ties, taken, tied):
-    """Write the indices [n, 4] of keys above `limit`, and of the first `ties` that equal it, in order, after `taken`
-    and `tied` that were written before.
+def _emit(keys, start, scratch_ptr, collected, out_ptr, limit, ties, taken, tied, COUNT: tl.constexpr):
+    """Write the indices of keys [COUNT / 4, 4] above `limit`, and of the first `ties` that equal it, in order, after
+    `taken` and `tied` that were written before. The index is the place from `start` on, or what the candidate there
+    says.
     """
     column = tl.arange(0, 4)[None, :]
+    place = start + tl.arange(0, COUNT // 4) * 4
     both = (keys > limit).to(tl.int32) + ((keys == limit).to(tl.int32) << 16)
     sums = tl.sum(both, axis=1)
     rank = tl.cumsum(sums, axis=0) - sums
     for i in tl.static_range(4):
         mine = tl.sum(tl.where(column == i, both, 0), axis=1)
         rank_tied = tied + (rank >> 16)  # before this one
+        chosen = (mine == 1) | ((mine > 1) & (rank_tied < ties))
         position = taken + (rank & 0xFFFF) + tl.minimum(rank_tied, ties)
-        value = tl.sum(tl.where(column == i, index, 0), axis=1)
-        tl.store(out_ptr + position, value, mask=(mine == 1) | ((mine > 1) & (rank_tied < ties)))
+        index = place + i
+        if collected:
+            index = tl.load(scratch_ptr + index, mask=chosen, other=0).to(tl.int32)
+        tl.store(out_ptr + position, index, mask=chosen)
         rank += mine
     total = tl.sum(sums)
     return taken + (total & 0xFFFF), tied + (total >> 16)
+
+
+@triton.jit
+def _limit(low, count, above, k):
+    """What `_emit` writes: the keys above a limit, and so many that equal it."""
+    exact = count <= k  # else low itself is the k-th largest, and has equals that must stay behind
+    return tl.where(exact, low - 1, low).to(tl.int32), tl.where(exact, 0, k - above)
 
 
 @triton.jit
@@ -233,14 +300,16 @@ def _select_topk_kernel(
     CAPACITY: tl.constexpr,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
-    EMIT: tl.constexpr,
     THREADS: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     scratch_ptr += tl.program_id(0).to(tl.int64) * (CAPACITY + 16 * THREADS)
     zero = tl.program_id(0) * 0  # makes tensors of what Triton takes for constants, as it does any 1
     k += zero
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         wide = row + zero.to(tl.int64)
+        # Zero, but not to the compiler: it would keep the offsets of everything in registers from row to row.
+        hidden = tl.multiple_of((wide >> 40).to(tl.int32), 16)
         row_ptr = logits_ptr + wide * stride_row
         row_out = out_ptr + wide * k
         length = columns + zero
@@ -249,8 +318,8 @@ def _select_topk_kernel(
         left = length
         collected = length > CAPACITY
         if collected:
-            threshold = _sampled_threshold(row_ptr, length, k, SAMPLE)
-            found = _collect(row_ptr, scratch_ptr, length, threshold, CAPACITY, THREADS)
+            threshold = _sampled_threshold(row_ptr, length, k, hidden, SAMPLE)
+            found = _collect(row_ptr, scratch_ptr, hidden, length, threshold, CAPACITY, THREADS, PREFETCH)
             tl.debug_barrier()  # candidates are read by other threads than wrote them
             # A threshold that lets everything through is as good if few enough are left.
             collected = (found <= CAPACITY) & ((found >= k) | (threshold <= NOTHING + 1))
@@ -258,30 +327,24 @@ def _select_topk_kernel(
                 left = found
         if left <= CAPACITY:
             if collected:
-                offs = tl.arange(0, CAPACITY // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+                offs = hidden + tl.arange(0, CAPACITY // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
                 keys = _candidate_keys(tl.load(scratch_ptr + offs, mask=offs < left, other=MISSING))
             else:
-                keys = _keys_of(_values(row_ptr, 0, left, CAPACITY, WHOLE))
+                keys = _keys_of(_values(row_ptr, 0, left, hidden, CAPACITY, WHOLE))
             low, count, above = _search(keys, k, 0)
+            limit, ties = _limit(low, count, above, k)
+            _emit(keys, hidden, scratch_ptr, collected, row_out, limit, ties, 0, 0, CAPACITY)
         else:
-            low, count, above = _search_in_place(row_ptr, length, k, BLOCK, WHOLE)
-        exact = count <= k  # else low itself is the k-th largest, and has equals that must stay behind
-        limit = tl.where(exact, low - 1, low).to(tl.int32)
-        ties = tl.where(exact, 0, k - above)
-        taken = 0
-        tied = 0
-        for start in range(0, left, EMIT):
-            index = start + tl.arange(0, EMIT // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            if collected:
-                candidate = tl.load(scratch_ptr + index, mask=index < left, other=MISSING)
-                keys = _candidate_keys(candidate)
-                index = candidate.to(tl.int32)
-            else:
-                keys = _keys_of(_values(row_ptr, start, left, EMIT, WHOLE))
-            taken, tied = _emit(keys, index, row_out, limit, ties, taken, tied)
+            low, count, above = _search_in_place(row_ptr, length, k, hidden, BLOCK, WHOLE)
+            limit, ties = _limit(low, count, above, k)
+            taken = count * 0
+            tied = count * 0
+            for start in range(0, left, BLOCK):
+                keys = _keys_of(_values(row_ptr, start, left, hidden, BLOCK, WHOLE))
+                taken, tied = _emit(keys, start, scratch_ptr, False, row_out, limit, ties, taken, tied, BLOCK)
         selected = tl.minimum(count, k)
-        for start in range(selected // EMIT * EMIT, k, EMIT):
-            column = start + tl.arange(0, EMIT)
+        for start in range(selected // BLOCK * BLOCK, k, BLOCK):
+            column = start + tl.arange(0, BLOCK)
             tl.store(row_out + column, -1, mask=(column >= selected) & (column < k))
         tl.debug_barrier()  # the next row's candidates take this one's place
 
@@ -323,8 +386,8 @@ def launch_select_topk(
             "CAPACITY": config.capacity,
             "SAMPLE": config.sample,
             "BLOCK": config.block,
-            "EMIT": config.emit,
             "THREADS": 32 * config.num_warps,
+            "PREFETCH": config.prefetch,
         },
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
