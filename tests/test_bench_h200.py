@@ -93,7 +93,7 @@ def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, 
 
 def test_every_step_has_its_script(run_all):
     known = run_all.steps()
-    names = ["concat", "decode", "indexer", "layer", "prefill", "quant", "rope", "sparse", "quickstart"]
+    names = ["concat", "decode", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing", "quickstart"]
     assert [step.name for step in known] == names
     for step in known[:-1]:
         assert Path(step.command[-1]).is_file()
