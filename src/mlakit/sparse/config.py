@@ -53,14 +53,14 @@ def choose_config(
 
 def _preferred(group: int, rank: int, fp8: bool, capability: tuple[int, int]) -> SparseConfig:
     large = shared_limit(capability) > 200 * 1024
-    # Measured on an H200 (benchmarks/h200/sparse.py --tune). Prefill of 4096 tokens, 128 heads, topk 2048: (64, 64, 8, 3,
-    # wgmma) takes 7.4 ms, the plain form with the same tile 10.4, (32, 64, 8, 3) 14.0, (16, 32, 4, 3) 15.9. Decode of 128
-    # requests of 16 heads: from bfloat16 (16, 32, 4, 3) 111 us, wgmma 141; from float8 wgmma 146, (16, 32, 4, 3) 211, as
-    # the plain form dequantizes in every warp what wgmma reads from shared memory.
+    # Measured on an H200 (benchmarks/h200/sparse.py --tune). Prefill of 4096 tokens, 128 heads, topk 2048: (64, 64, 8,
+    # 3, wgmma) takes 7.4 ms, the plain form with this tile 10.4, (32, 64, 8, 3) 14.0, (16, 32, 4, 3) 15.9. Decode of
+    # 128 requests, 16 heads: from bfloat16 (16, 32, 4, 3) 111 us, wgmma 141; from float8 wgmma 146, (16, 32, 4, 3) 211: the
+    # plain form dequantizes for every warp what warpgroups share.
     if capability[0] == 9 and (group > 32 or fp8) and rank in (256, 512):
         return SparseConfig(64, 64, 8, 3, wgmma=True)
     if fp8:
-        return SparseConfig(16, 32, 8, 3) if group <= 16 else SparseConfig(32, 32, 8, 3)
+        return SparseConfig(16, 32, 8, 3) if group <= 16 else SparseConfig(32, 16, 8, 3)  # more keys would spill
     if group <= 16 or shared_limit(capability) < 128 * 1024:
         return SparseConfig(16, 32, 4, 3, 2 if large else 1)
     return SparseConfig(32, 64, 8, 3) if large else SparseConfig(32, 32, 8, 3)
