@@ -55,8 +55,8 @@ def _preferred(group: int, rank: int, fp8: bool, capability: tuple[int, int]) ->
     large = shared_limit(capability) > 200 * 1024
     # Measured on an H200 (benchmarks/h200/sparse.py --tune). Prefill of 4096 tokens, 128 heads, topk 2048: (64, 64, 8,
     # 3, wgmma) takes 7.4 ms, the plain form with this tile 10.4, (32, 64, 8, 3) 14.0, (16, 32, 4, 3) 15.9. Decode of
-    # 128 requests, 16 heads: from bfloat16 (16, 32, 4, 3) 111 us, wgmma 141; from float8 wgmma 146, (16, 32, 4, 3) 211: the
-    # plain form dequantizes for every warp what warpgroups share.
+    # 128 requests, 16 heads: from bfloat16 (16, 32, 4, 3) 111 us, wgmma 141; from float8 wgmma 146, (16, 32, 4, 3) 211:
+    # the plain form dequantizes for every warp what warpgroups share.
     if capability[0] == 9 and (group > 32 or fp8) and rank in (256, 512):
         return SparseConfig(64, 64, 8, 3, wgmma=True)
     if fp8:

@@ -87,7 +87,8 @@ def _plan_call(
     dependent = splits > 1 and device.capability is not None and device.capability[0] >= 9
     block_c = min(128, shape.rank)
     strides = (
-        *shape.q_strides, *shape.key_strides, *shape.index_strides, *shape.length_strides, *shape.out_strides
+        *shape.q_strides, shape.key_strides[0], shape.key_strides[2], *shape.index_strides, *shape.length_strides,
+        *shape.out_strides,
     )  # fmt: skip
     shared = {"RANK": shape.rank, "SINK": shape.sink, "DEPENDENT": dependent}
     return _CallPlan(
@@ -97,6 +98,7 @@ def _plan_call(
             min(shape.keys, 2**31 - 1), splits,
         ),
         constants={
+            "STRIDE_KT": shape.key_strides[1],
             "ROPE": shape.rope,
             "FP8": shape.fp8,
             "NATIVE": device.capability is not None and device.capability >= (8, 9),
