@@ -66,8 +66,8 @@ def _rope(kv_ptr, offset, valid, r, RANK: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def _plain_tile(
     q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
-    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The largest score (log2), the sum of weights and the two halves of the weighted sum, for any number of rows.
 
