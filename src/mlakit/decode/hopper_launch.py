@@ -7,6 +7,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlakit.decode.hopper_compile import warps_together
 from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_config, plan_slots
 from mlakit.decode.hopper_few import _mla_decode_few_kernel
 from mlakit.decode.hopper_many import _mla_decode_many_kernel
@@ -151,9 +152,10 @@ def _launch_hopper_decode(
         "launch_cooperative_grid": plan.partials > 0 and chosen.cooperative,
     }
     if device.type != "cuda":
-        function[grid](*arguments, *numbers, *constants, **options)
+        with warps_together():
+            function[grid](*arguments, *numbers, *constants, **options)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), warps_together():
         compiled = function[grid](*arguments, *numbers, *constants, **options)
     if len(_LAUNCHES) >= _MOST_LAUNCHES:
         _LAUNCHES.clear()
