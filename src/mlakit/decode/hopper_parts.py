@@ -141,7 +141,13 @@ def _merge_rows(
     """Merge some rows of a tile, columns [HALF * WIDTH, HALF * WIDTH + WIDTH), from all pieces of a request: PIECES x
     ROWS loads are under way at once.
     """
-    layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 2], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    # Warps side by side in a row, or each in rows of its own; four columns a thread where that fills them.
+    if WIDTH == 512:
+        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 4], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    elif ROWS >= 4:
+        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 2], [1, 1, 32], [1, 1, 4], [2, 1, 0])
     scores: gl.constexpr = gl.SliceLayout(2, layout)
     result: gl.constexpr = gl.SliceLayout(0, layout)
     of_row: gl.constexpr = gl.SliceLayout(0, scores)
@@ -162,7 +168,7 @@ def _merge_rows(
             flat = (at * TILE)[:, None] + row[None, :]
             some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
             some = gl.load(
-                partial_ptr + (flat.to(gl.int64) * 512)[:, :, None] + col[None, None, :],
+                partial_ptr + ((flat * 512)[:, :, None] + col[None, None, :]),
                 mask=live[:, :, None],
                 other=0.0,
             )
@@ -208,7 +214,7 @@ def _merge_chunks(
             live = first + piece < count
             flat = _partial_at(base, first + piece, aligned) * TILE + row
             some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
-            at = (flat.to(gl.int64) * 512 + unit % 4 * 128)[:, None] + col[None, :]
+            at = (flat * 512 + unit % 4 * 128)[:, None] + col[None, :]
             some = gl.load(partial_ptr + at, mask=live[:, None], other=0.0)
             m_new = gl.maximum(m, gl.max(some_lse, 0))
             shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf

@@ -36,7 +36,8 @@ def _share_out(
     steps before the first item's request. No piece is smaller than `least` steps but where `splits` says so, or at the
     end of a request.
     """
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 128], [32], [4], [0])
+    # Every warp has all requests: no barrier, and sums that the compiler knows to be the same for all threads.
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [4], [0])
     requests = gl.arange(0, BLOCK_B, layout)
     steps = _steps_of(gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0), capacity, STEP)
     total = gl.sum(steps, 0)
