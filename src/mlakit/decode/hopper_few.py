@@ -94,13 +94,13 @@ def _mla_decode_few_kernel(
             valid = gl.minimum(length, capacity)
             last_tile = (valid - 1) // 64
             table = table_ptr + request.to(gl.int64) * stride_tb
+            now = _tile_row(table, first, last_tile, PAGE, 64)
+            next_row = _tile_row(table, first + 1, last_tile, PAGE, 64)
             yes = first < last
             mbarrier.expect(full_q, BLOCK_R * 576 * 2)
             tma.async_copy_global_to_shared(q_desc, [request * rows, 0], full_q, queries.index(0))
             tma.async_copy_global_to_shared(q_desc, [request * rows, 256], full_q, queries.index(1))
             tma.async_copy_global_to_shared(q_rope_desc, [request * rows, 512], full_q, q_rope.index(0))
-            now = _tile_row(table, first, last_tile, PAGE, 64)
-            next_row = _tile_row(table, first + 1, last_tile, PAGE, 64)
             _fill_left(k_desc, r_desc, now, keys.index(0), rope.index(0), full.index(0), yes)
             _fill_right(k_desc, now, keys.index(1), full.index(1), yes)
             if CAUSAL:
