@@ -4,3 +4,4 @@ from mlakit.backends.base import Available as Available
 from mlakit.backends.base import Backend as Backend
 from mlakit.backends.base import Parameter as Parameter
 from mlakit.backends.base import Unavailable as Unavailable
+from mlakit.backends.base import UnsupportedError as UnsupportedError

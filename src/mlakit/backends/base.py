@@ -33,6 +33,12 @@ class Unavailable:
     reason: str
 
 
+class UnsupportedError(Exception):
+    """Raised while preparing, or by a first call before it launched anything: this problem cannot be run with these
+    parameters. The message says why; the row's status is "unsupported".
+    """
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A setting that can be given and swept.
@@ -90,6 +96,9 @@ class Backend:
     A prepared callable is given one layer's tensors and an output buffer. It writes the buffer and returns it, or
     returns a tensor of its own; it may return a pair with the log-sum-exp, which is then checked too. It must not keep
     results from an earlier call.
+
+    A backend whose library chooses among kernels writes into `problem.kernel` which one runs, as it prepares or in the
+    first call. One that cannot run the kernel it was asked for raises; it never runs another instead.
     """
 
     name: str = ""
@@ -119,6 +128,12 @@ class Backend:
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take this problem (a page size, a head count), found before any launch; None if it
         can.
+        """
+        return None
+
+    def known_limit(self, problem: Problem) -> str | None:
+        """What is known to go wrong with this library on this problem: added to the message if it fails. None if
+        nothing is.
         """
         return None
 

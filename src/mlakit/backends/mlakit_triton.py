@@ -1,18 +1,20 @@
-"""mlakit's own portable kernels: `mlakit_triton` for MLA, `triton` for standard attention."""
+"""mlakit's own kernels: `mlakit` is the fastest for the GPU at hand, `mlakit_triton` the portable ones, both for MLA;
+`triton` is for standard attention.
+"""
 
 from __future__ import annotations
 
 import os
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mlakit.backends.base import Available, Backend, Parameter, Unavailable
+from mlakit.backends.peers import half_only, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlakit.backends.base import Output
-    from mlakit.backends.problem import MLAProblem, Problem, Ragged, StandardProblem
+    from mlakit.backends.problem import MLAProblem, Problem, StandardProblem
     from mlakit.hardware import DeviceInfo
 
 
@@ -27,22 +29,15 @@ class _OwnKernels(Backend):
             found = version("triton")
         except PackageNotFoundError:
             return Unavailable("needs Triton: pip install triton")
-        if device.capability is None:
-            if os.environ.get("TRITON_INTERPRET") == "1":
-                return Available(f"triton {found}, interpreted")
-            return Unavailable("needs an NVIDIA GPU of compute capability 8.0 or later, this is a CPU")
-        if device.capability < (8, 0):
-            has = ".".join(map(str, device.capability))
-            return Unavailable(f"needs compute capability 8.0 or later, this GPU has {has}")
+        if device.capability is None and os.environ.get("TRITON_INTERPRET") == "1":
+            return Available(f"triton {found}, interpreted")
+        if reason := why_not(device, (8, 0)):
+            return Unavailable(reason)
         return Available(f"triton {found}")
 
     def refusal(self, problem: Problem) -> str | None:
         """The kernels take half precision only."""
-        import torch
-
-        if problem.dtype not in (torch.bfloat16, torch.float16):
-            return f"takes bf16 and fp16, got {str(problem.dtype).removeprefix('torch.')}"
-        return None
+        return half_only(problem)
 
 
 class MlakitTriton(_OwnKernels):
@@ -53,6 +48,7 @@ class MlakitTriton(_OwnKernels):
     attention = frozenset({"mla"})
     decode_mode = "mqa"
     prefill_mode = "mha"
+    impl: str | None = "triton"
     extra_parameters = (
         Parameter("num_splits", int, "pieces that a request's keys are cut into in decode", minimum=1, maximum=256),
     )
@@ -64,23 +60,22 @@ class MlakitTriton(_OwnKernels):
         from mlakit.decode import mla_decode
 
         batch, dims = problem.batch, problem.dims
-        runs = _runs(batch)
 
         def run(q: Any, cache: Any, out: Any) -> Output:
             lses = []
-            for rows, requests, q_len in runs:
-                shape = (requests.stop - requests.start, q_len, dims.num_heads)
+            for part in batch.runs:
+                shape = (part.size, part.q_len, dims.num_heads)
                 _, lse = mla_decode(
-                    q[rows].view(*shape, dims.latent_dim),
+                    q[part.rows].view(*shape, dims.latent_dim),
                     cache,
-                    batch.block_table[requests],
-                    batch.seq_lens[requests],
+                    batch.block_table[part.requests],
+                    batch.seq_lens[part.requests],
                     softmax_scale=problem.softmax_scale,
                     causal=problem.causal,
                     kv_lora_rank=dims.kv_lora_rank,
                     num_splits=num_splits,
-                    out=out[rows].view(*shape, dims.kv_lora_rank),
-                    impl="triton",
+                    out=out[part.rows].view(*shape, dims.kv_lora_rank),
+                    impl=self.impl,
                 )
                 lses.append(lse.view(-1, dims.num_heads))
             return out, lses[0] if len(lses) == 1 else _concatenate(lses)
@@ -91,7 +86,15 @@ class MlakitTriton(_OwnKernels):
         self, problem: MLAProblem, num_splits: int | None = None, **parameters: Any
     ) -> Callable[..., Output]:
         """One call for all requests."""
-        return _prefill(problem)
+        return _prefill(problem, self.impl)
+
+
+class Mlakit(MlakitTriton):
+    """`mla_decode` and `mla_prefill` without a named implementation: the Hopper kernels on Hopper."""
+
+    name = "mlakit"
+    summary = "mlakit's fastest kernels for this GPU"
+    impl = None
 
 
 class TritonStandard(_OwnKernels):
@@ -105,11 +108,11 @@ class TritonStandard(_OwnKernels):
         """Gather, then one call for all requests."""
         from mlakit.backends.pipeline import gather
 
-        attend, slots = _prefill(problem), problem.batch.slots
+        attend, slots = _prefill(problem, "triton"), problem.batch.slots
         return lambda q, k_cache, v_cache, out: attend(q, gather(k_cache, slots), gather(v_cache, slots), out)
 
 
-def _prefill(problem: Problem) -> Callable[..., Output]:
+def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
     from mlakit.prefill import mla_prefill
 
     batch = problem.batch
@@ -125,20 +128,10 @@ def _prefill(problem: Problem) -> Callable[..., Output]:
             causal=problem.causal,
             max_seqlen_q=batch.max_q_len,
             out=out,
-            impl="triton",
+            impl=impl,
         )
 
     return run
-
-
-def _runs(batch: Ragged) -> list[tuple[slice, slice, int]]:
-    """Neighbouring requests of one q_len: their query rows, their indices, the q_len."""
-    runs, row, request = [], 0, 0
-    for q_len, members in groupby(batch.q_lens):
-        count = len(list(members))
-        runs.append((slice(row, row + count * q_len), slice(request, request + count), q_len))
-        row, request = row + count * q_len, request + count
-    return runs
 
 
 def _concatenate(tensors: list[Any]) -> Any:

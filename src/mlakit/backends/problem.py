@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -21,6 +22,20 @@ class Group:
     kv_len: int
     rows: torch.Tensor
     keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring requests of one q_len: `rows` are their query tokens, `requests` their place in the batch."""
+
+    q_len: int
+    rows: slice
+    requests: slice
+
+    @property
+    def size(self) -> int:
+        """Number of requests."""
+        return self.requests.stop - self.requests.start
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,21 @@ class Ragged:
         return max(self.kv_lens)
 
     @cached_property
+    def runs(self) -> list[Run]:
+        """Neighbouring requests with equally many new tokens: one call of a kernel that takes [batch, q_len, ...]."""
+        runs, row, request = [], 0, 0
+        for q_len, members in groupby(self.q_lens):
+            count = len(list(members))
+            runs.append(Run(q_len, slice(row, row + count * q_len), slice(request, request + count)))
+            row, request = row + count * q_len, request + count
+        return runs
+
+    @property
+    def page_counts(self) -> list[int]:
+        """Pages that each request's keys take."""
+        return [-(-n // self.page_size) for n in self.kv_lens]
+
+    @cached_property
     def groups(self) -> list[Group]:
         """Requests of equal shape together: what batched PyTorch operations want."""
         members = defaultdict(list)
@@ -83,13 +113,17 @@ class Ragged:
 
 @dataclass
 class Problem:
-    """What every problem has. `out` buffers are made once and poisoned by whoever checks."""
+    """What every problem has. `out` buffers are made once and poisoned by whoever checks.
+
+    `kernel` names what really runs, in the library's own words; the backend sets it where there is a choice.
+    """
 
     batch: Ragged
     dtype: torch.dtype
     device: torch.device
     softmax_scale: float
     causal: bool = True
+    kernel: str | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def buffer(self, name: str, *shape: int) -> torch.Tensor:

@@ -17,18 +17,21 @@ _OWN = {
     "sdpa": "mlakit.backends.sdpa:SDPA",
     "mlakit_triton": "mlakit.backends.mlakit_triton:MlakitTriton",
     "triton": "mlakit.backends.mlakit_triton:TritonStandard",
+    "mlakit": "mlakit.backends.mlakit_triton:Mlakit",
+    "flex": "mlakit.backends.flex:Flex",
+    "cudnn": "mlakit.backends.sdpa:CuDNN",
+    "flash": "mlakit.backends.flash:Flash",
+    "flashinfer": "mlakit.backends.flashinfer:FlashInfer",
+    "flashmla": "mlakit.backends.flashmla:FlashMLA",
+    "flashattn_mla": "mlakit.backends.flashattn_mla:FlashAttnMLA",
+    "flashinfer_mla": "mlakit.backends.flashinfer_mla:FlashInferMLA",
+    "cutlass_mla": "mlakit.backends.cutlass_mla:CutlassMLA",
+    "vllm_triton_mla": "mlakit.backends.vllm_triton_mla:VLLMTritonMLA",
 }
 
-# Libraries of the field that no adapter runs yet: naming one is not a mistake, so it costs a row with this reason and
+# A library of the field that no adapter runs yet: naming it is not a mistake, so it costs a row with this reason and
 # not the run.
 WITHOUT_ADAPTER: dict[str, frozenset[Attention]] = {
-    "flash": frozenset({"standard"}),
-    "flashinfer": frozenset({"standard"}),
-    "cutlass_mla": frozenset({"mla"}),
-    "flashinfer_mla": frozenset({"mla"}),
-    "flashattn_mla": frozenset({"mla"}),
-    "flashmla": frozenset({"mla"}),
-    "vllm_triton_mla": frozenset({"mla"}),
     "tokenspeed_mla": frozenset({"mla"}),
 }
 

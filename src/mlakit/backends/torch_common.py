@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlakit.backends.base import Available, Backend
+from mlakit.backends.base import Available, Backend, Unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TorchBackend(Backend):
     """Runs wherever PyTorch does."""
 
-    def availability(self, device: DeviceInfo) -> Available:
+    def availability(self, device: DeviceInfo) -> Available | Unavailable:
         """PyTorch is always there."""
         import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlakit.backends import registry
-from mlakit.backends.base import Backend, Unavailable
+from mlakit.backends.base import Backend, Unavailable, UnsupportedError
 from mlakit.backends.pipeline import Result, prepare
 from mlakit.bench.batch_spec import BatchRequest
 from mlakit.bench.check import Expected, Verdict, check_part, expectation, judge
@@ -110,7 +110,10 @@ def measure_row(
     try:
         _measure(config, ceilings, scratch, stage, row)
     except Refusal as refusal:
-        row.update(status=refusal.status, error=refusal.reason, check=refusal.check)
+        reason = "; ".join([refusal.reason, *getattr(refusal, "__notes__", [])])
+        row.update(status=refusal.status, error=reason, check=refusal.check)
+    except UnsupportedError as error:
+        row.update(status="unsupported", error=str(error))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -142,11 +145,33 @@ def _measure(
         if reason := backend.refusal(part.problem):
             raise Refusal("unsupported", reason)
     stage("preparing")
+    try:
+        _run(_prepared(config, backend, requests, parts, scratch, row), info, stage, row)
+    except Exception as error:
+        for limit in filter(None, (backend.known_limit(part.problem) for part in parts)):
+            error.add_note(limit)
+        raise
+    finally:
+        row["kernels"] = {part.name: part.problem.kernel for part in parts if part.problem.kernel}
+
+
+def _prepared(
+    config: BenchmarkConfig,
+    backend: Backend,
+    requests: dict[PartName, list[BatchRequest]],
+    parts: list[Part],
+    scratch: Path | None,
+    row: dict[str, Any],
+) -> _Job:
     parameters = _own_parameters(backend, config)
     runs = [prepare(backend, part.problem, parameters) for part in parts]
     job = _Job(config, backend, requests, parts, runs, scratch)
     row["modes"] = {name: job.mode(name) for name in requests}
+    return job
 
+
+def _run(job: _Job, info: DeviceInfo, stage: Callable[[str], None], row: dict[str, Any]) -> None:
+    config, device = job.config, torch.device(job.config.device)
     if config.check:
         stage("checking")
         row["check"] = job.check()
@@ -242,6 +267,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, behind its type."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """The first line of an exception's message, behind its type, and its notes."""
+    lines = [*str(error).strip().splitlines()[:1], *getattr(error, "__notes__", [])]
+    return f"{type(error).__name__}: {'; '.join(lines)}" if lines else type(error).__name__

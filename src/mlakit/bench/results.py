@@ -92,6 +92,7 @@ class BenchmarkResult(_Model):
     error: str | None = None
     backend_version: str | None = None
     modes: dict[str, str] = Field(default_factory=dict)  # pipeline -> "mqa" or "mha"; empty for standard attention
+    kernels: dict[str, str] = Field(default_factory=dict)  # pipeline -> what the library really ran, where it chooses
     timing: TimingRow | None = None
     check: CheckRow | None = None  # None if the row was not checked
     limit: LimitRow | None = None
