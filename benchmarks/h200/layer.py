@@ -262,10 +262,12 @@ def kernels(name: str, call: Callable[[], Tensor], steps: int = 5) -> list[dict[
     for _ in range(2):
         call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            call()
-        torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that events of earlier cycles are dropped: there is one
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(steps):
+                call()
+            torch.cuda.synchronize()
     times: dict[str, list[float]] = {}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
