@@ -60,8 +60,12 @@ class KVCache:
         bsz, seqlen = k_nope.shape[:2]
         if isinstance(start, int):
             k, new_v = (tensor[:bsz, start : start + seqlen] for tensor in (self.k, self.v))
-            concat_k(k_nope.detach(), k_pe.detach(), out=k)
-            concat_k(v.detach(), v.detach()[..., :1, :0], out=new_v)  # a copy of rows, at its full speed
+            if torch.compiler.is_compiling():
+                # Inductor (2.11 and 2.13) hands an operator a view whose offset is a symbol as if it began at 0.
+                k[..., : k_nope.shape[-1]], k[..., k_nope.shape[-1] :], new_v[:] = k_nope, k_pe, v
+            else:
+                concat_k(k_nope.detach(), k_pe.detach(), out=k)
+                concat_k(v.detach(), v.detach()[..., :1, :0], out=new_v)  # a copy of rows, at its full speed
             self.filled = start + seqlen
             return
         request = torch.arange(bsz, device=v.device)[:, None]
