@@ -16,10 +16,10 @@ class HopperConfig:
     step: int = 128  # keys a step: work is divided in whole ones
     resident: int = 1  # programs a multiprocessor
     least: int = 1  # steps of a piece: fewer cost more to start and to merge than to compute
-    prefetch: bool = False  # bring the next pages into L2 while a pair of tiles is computed
+    prefetch: int = 0  # bring the next pages into L2 while a tile is computed: 1 in one piece, 2 by lines
     cooperative: bool = True
-    early: bool = True
-    parts: int = 4
+    early: bool = False
+    parts: int = 1
     worker_registers: int = 240
     max_registers: int = 255
 

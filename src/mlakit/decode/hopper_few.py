@@ -52,7 +52,7 @@ def _fill_right(k_desc, row, keys, full, wanted):
 def _mla_decode_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
-    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
     batch, q_len, heads, capacity, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr, PREFETCH: gl.constexpr,
 ):  # fmt: skip
@@ -120,8 +120,8 @@ def _mla_decode_few_kernel(
                 z = _same_for_warp(step * zero)
                 at = step * 64
                 more = step + 1 < last
-                if PREFETCH:
-                    _prefetch(cache_ptr + next_row.to(gl.int64) * key_bytes, key_bytes, more)
+                if PREFETCH > 0:
+                    _prefetch(cache_ptr, next_row, key_stride, more, PREFETCH == 1)
                 then_row = _tile_row(table, step + 2, last_tile, PAGE, 64)
                 left = keys.index(z)
                 right = keys.index(z + 1)
@@ -218,20 +218,35 @@ def _mla_decode_few_kernel(
             tile = slot * 0
             row_begin = number * BLOCK_R // count
             row_end = (number + 1) * BLOCK_R // count
-            if count == 2:
+            if count <= 2:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
                     row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, BLOCK_R,
+                )  # fmt: skip
+            elif count <= 4:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, BLOCK_R,
                 )  # fmt: skip
             elif count <= 8:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
                     row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, BLOCK_R,
                 )  # fmt: skip
+            elif count <= 16:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
+                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, BLOCK_R,
+                )  # fmt: skip
+            elif count <= 32:
+                _merge_chunks(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
+                    stride_os, stride_oh, too_long, 32, 256, BLOCK_R,
+                )  # fmt: skip
             else:
                 _merge_chunks(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
-                    stride_os, stride_oh, too_long, 32, BLOCK_R,
+                    stride_os, stride_oh, too_long, 64, 128, BLOCK_R,
                 )  # fmt: skip
             _leave(counter, count)
         before += steps

@@ -133,7 +133,7 @@ def _launch_hopper_decode(
             kernel(*arguments, *rest)
         return
     numbers: tuple[Any, ...] = (
-        softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1) * cache.element_size(),
+        softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1),
         batch, q_len, heads, capacity,
     )  # fmt: skip
     numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, chosen.least, 0)

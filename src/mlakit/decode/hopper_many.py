@@ -101,7 +101,7 @@ def _finite(m, CAUSAL: gl.constexpr):
 @gluon.jit
 def _attend(
     W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr,
@@ -165,14 +165,13 @@ def _attend(
                 z = _same_for_warp(pair * zero)
                 at = pair * 128
                 more = pair + 1 < last
-                if PREFETCH:
+                if PREFETCH > 0:
                     # Of the programs that share a request's keys, each asks for its part.
                     if W == 0:
-                        ask = more & (tile % 2 == 0)
-                        _prefetch(cache_ptr + next_a.to(gl.int64) * key_bytes, key_bytes, ask)
+                        _prefetch(cache_ptr, next_a, key_stride, more & (tile % 2 == 0), PREFETCH == 1)
                     else:
                         ask = more & ((tile % 2 == 1) | (row_tiles == 1))
-                        _prefetch(cache_ptr + next_b.to(gl.int64) * key_bytes, key_bytes, ask)
+                        _prefetch(cache_ptr, next_b, key_stride, ask, PREFETCH == 1)
                 then_a = _tile_row(table, 2 * pair + 4, last_tile, PAGE, 64)
                 then_b = _tile_row(table, 2 * pair + 5, last_tile, PAGE, 64)
                 k_al = keys.index(z)
@@ -362,15 +361,25 @@ def _attend(
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
             too_long = length > capacity
-            if count == 2:
+            if count <= 2:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
                     row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16, 64,
                 )  # fmt: skip
-            elif count <= 16:
+            elif count <= 4:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
+                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 4, 8, 64,
+                )  # fmt: skip
+            elif count <= 8:
                 _merge_rows(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
                     row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4, 64,
+                )  # fmt: skip
+            elif count <= 16:
+                _merge_rows(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
+                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 16, 2, 64,
                 )  # fmt: skip
             else:
                 _merge_rows(
@@ -413,7 +422,7 @@ def _right(
 def _mla_decode_many_kernel(
     q_desc, k_desc, r_desc,
     q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
-    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
     batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
     EARLY: gl.constexpr, PARTS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
@@ -450,7 +459,7 @@ def _mla_decode_many_kernel(
     )
     args = (
         q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_bytes,
+        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
         batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
         queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     )  # fmt: skip

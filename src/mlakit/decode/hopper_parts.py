@@ -87,29 +87,45 @@ def _same_for_warp(value):
 
 
 @gluon.jit
-def _prefetch(ptr, key_bytes, wanted):
-    """Ask for 64 keys to be brought into L2, a line of 128 bytes at a time by all threads of the warpgroup. (One
-    bulk prefetch fetches a line after the other: 64 keys take it 80 us.)
+def _prefetch(keys_ptr, row, key_stride, wanted, BULK: gl.constexpr):
+    """Ask for 64 keys from a row of the cache on, which follow one another, to be brought into L2: by one thread in
+    one piece (BULK), or by all threads, a line each.
     """
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .u32 at; .reg .u32 size; .reg .u32 step; .reg .u64 line; .reg .u64 off;
-        mov.u32 at, %tid.x; and.b32 at, at, 127; shl.b32 at, at, 7;
-        mul.lo.u32 size, $2, $3;
-        cvt.u64.u32 off, at; add.u64 line, $1, off;
-        setp.lt.u32 p, at, size; @p prefetch.global.L2 [line];
-        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 16384];
-        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 32768];
-        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 49152];
-        add.u32 at, at, 16384; setp.lt.u32 p, at, size; @p prefetch.global.L2 [line + 65536];
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,r",
-        [ptr, key_bytes, gl.where(wanted, 64, 0)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    ptr = keys_ptr + row.to(gl.int64) * key_stride
+    size = gl.where(wanted, 128 * key_stride, 0)  # bytes: keys are of 16 bits
+    if BULK:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 lane;
+            mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.eq.u32 p, lane, 0; setp.ne.and.u32 p, $2, 0, p;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptr, size],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 at; .reg .u64 line; .reg .u64 off;
+            mov.u32 at, %tid.x; and.b32 at, at, 127; shl.b32 at, at, 7;
+            cvt.u64.u32 off, at; add.u64 line, $1, off;
+            setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line];
+            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 16384];
+            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 32768];
+            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 49152];
+            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 65536];
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptr, size],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @gluon.jit
@@ -197,24 +213,25 @@ def _merge_rows(
 @gluon.jit
 def _merge_chunks(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, number, rows, heads, stride_os, stride_oh,
-    too_long, PIECES: gl.constexpr, TILE: gl.constexpr,
+    too_long, PIECES: gl.constexpr, CHUNK: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
-    """Merge this program's part, in units of 128 columns of a row, of a request of many pieces; PIECES at once."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    """Merge this program's part, in units of CHUNK columns of a row, of a request of many pieces; PIECES at once."""
+    layout: gl.constexpr = gl.BlockedLayout([PIECES, CHUNK // 128], [1, 32], [1, 4], [1, 0])
     of_piece: gl.constexpr = gl.SliceLayout(1, layout)
+    CHUNKS: gl.constexpr = 512 // CHUNK
     piece = gl.arange(0, PIECES, of_piece)
-    col = gl.arange(0, 128, gl.SliceLayout(0, layout))
-    units = gl.minimum(rows, TILE) * 4
+    col = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
+    units = gl.minimum(rows, TILE) * CHUNKS
     for unit in range(number * units // count, (number + 1) * units // count):
-        row = unit // 4
+        row = unit // CHUNKS
         m = -float("inf")
         l = 0.0
-        acc = gl.zeros([128], gl.float32, gl.SliceLayout(0, layout))
+        acc = gl.zeros([CHUNK], gl.float32, gl.SliceLayout(0, layout))
         for first in range(0, count, PIECES):
             live = first + piece < count
             flat = _partial_at(base, first + piece, aligned) * TILE + row
             some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
-            at = (flat * 512 + unit % 4 * 128)[:, None] + col[None, :]
+            at = (flat * 512 + unit % CHUNKS * CHUNK)[:, None] + col[None, :]
             some = gl.load(partial_ptr + at, mask=live[:, None], other=0.0)
             m_new = gl.maximum(m, gl.max(some_lse, 0))
             shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf
@@ -229,6 +246,6 @@ def _merge_chunks(
         inverse = gl.where(too_long, float("nan"), inverse)
         natural = gl.where(too_long, float("nan"), natural)
         at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
-        gl.store(out_ptr + at_row + unit % 4 * 128 + col, (acc * inverse).to(out_ptr.dtype.element_ty))
-        if unit % 4 == 0:
+        gl.store(out_ptr + at_row + unit % CHUNKS * CHUNK + col, (acc * inverse).to(out_ptr.dtype.element_ty))
+        if unit % CHUNKS == 0:
             gl.store(lse_ptr + row, natural)
