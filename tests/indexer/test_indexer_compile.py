@@ -50,21 +50,23 @@ def test_selections_fit_the_registers(target):
 
 def test_few_queries_are_split_over_the_device():
     chip = _CHIPS[90]
-    for s_q, s_kv in [(1, 131072), (64, 32768), (4096, 8192), (1, 1)]:
-        config = logits_config(s_q, s_kv, 64, chip, paged=False)
+    for s_q, s_kv, q_len in [(1, 131072, None), (64, 32768, None), (4096, 8192, None), (1, 1, None), (64, 32768, 1)]:
+        config = logits_config(s_q, s_kv, 64, chip, q_len=q_len)
         programs = -(-s_q // config.block_q) * -(-s_kv // config.split)
         assert config.split % config.block_n == 0
         assert programs >= min(4 * chip.units, s_kv // 1024)
 
 
-# Room for the candidates of a row of any length: what the sample asks for, and its scatter.
-@pytest.mark.parametrize("columns", [4097, 8192, 32768, 131072, 262144, 1_000_000])
+# Room for what the sample asks for of a row of any length, and for its scatter.
+@pytest.mark.parametrize("rows", [1, 500, 4096])
+@pytest.mark.parametrize("columns", [1, 4097, 8192, 32768, 131072, 262144, 1_000_000])
 @pytest.mark.parametrize("k", [1, 512, 2048, 8192])
-def test_candidates_have_room(columns, k):
-    config = topk_config(columns, k, 4096, 132)
-    if columns <= config.capacity:
+def test_candidates_have_room(rows, columns, k):
+    config = topk_config(columns, k, rows, 132)
+    assert config.tile <= 64 * 32 * config.num_warps  # 64 registers a thread
+    if columns <= config.tile:
         return
-    expected = config.sample * k / columns
-    wanted = (expected + 3.5 * (expected * (1 - min(k / columns, 1))) ** 0.5 + 3) * 17 / 16
-    candidates = (wanted + 3 * wanted**0.5) * columns / config.sample
-    assert candidates <= config.capacity
+    share = min(k / columns, 1)
+    expected = config.sample * share
+    wanted = (expected + 3 * (expected * (1 - share)) ** 0.5 + 3) * 17 / 16
+    assert wanted * columns / config.sample <= config.capacity

@@ -1,5 +1,6 @@
 """Launch configurations of the indexer's kernels, each chosen by one function of shapes and device."""
 
+import math
 from dataclasses import dataclass
 
 from mlakit.hardware import DeviceInfo
@@ -23,41 +24,65 @@ class LogitsConfig:
     max_registers: int | None = None
 
 
-def logits_config(s_q: int, s_kv: int, heads: int, info: DeviceInfo, *, paged: bool) -> LogitsConfig:
-    """The tile for s_q queries of so many heads and s_kv keys on a device."""
+def logits_config(s_q: int, s_kv: int, heads: int, info: DeviceInfo, *, q_len: int | None = None) -> LogitsConfig:
+    """The tile for s_q queries of so many heads and s_kv keys on a device; `q_len` queries a request of paged keys.
+
+    On an H200 with 64 heads, four programs of two queries and 64 keys share a multiprocessor: while one sums, the
+    others multiply. A tile of 128 keys leaves room for two of them and is 5% slower.
+    """
     found = info.capability
     native = found is not None and found >= (8, 9)
-    block_q = 2 if not paged and heads <= 64 else 1
-    block_n = 64 if native else 32
-    programs = -(-s_q // block_q)
-    # Eight rounds of the four programs that fit a multiprocessor, so that the last round costs little; at least 1024
-    # keys each, as a program begins by loading its queries.
-    parts = max(1, min(-(-32 * info.units // max(programs, 1)), -(-s_kv // 1024)))
-    split = -(-s_kv // (parts * 1024)) * 1024
-    return LogitsConfig(block_q, block_n, num_warps=4, num_stages=3 if native else 2, split=split)
+    block_q = 2 if heads <= 64 and (q_len is None or q_len > 1) else 1
+    block_n = 32 if not native else 64 if block_q == 2 or heads > 64 else 128
+    programs = -(-s_q // block_q) if q_len is None else s_q // max(q_len, 1) * -(-q_len // block_q)
+    # Several rounds of the four programs that fit a multiprocessor, so that the last round costs little, but not so few
+    # keys that loading the queries counts.
+    rounds, least = (16, 1024) if q_len is None else (2, 512)
+    parts = max(1, min(4 * rounds * info.units // max(programs, 1), -(-s_kv // least)))
+    split = -(-s_kv // (parts * block_n)) * block_n
+    descriptors = q_len is None and found is not None and found[0] in (9, 10) and s_q * s_kv >= _WORTH_DESCRIPTORS
+    stages = 4 if descriptors else 3 if native else 2
+    return LogitsConfig(block_q, block_n, 4, stages, split, descriptors)
+
+
+# Descriptors cost the host some 50 us a call. From here on the kernel takes longer than that.
+_WORTH_DESCRIPTORS = 2**23
 
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """How `select_topk` works on a row: up to `capacity` keys in registers, of longer rows first `sample` of them and
-    then candidates, `programs` of `num_warps` warps a multiprocessor at most.
+    """How `select_topk` works on a row: `programs` of `num_warps` warps a multiprocessor at most.
+
+    Up to `tile` values are held in registers. Of longer rows `sample` values are, then come up to `capacity`
+    candidates, of which `tile` are held. `prefetch` loads a block while the one before is searched.
     """
 
-    capacity: int
+    tile: int
     sample: int
-    block: int
     num_warps: int
     programs: int
+    capacity: int
     max_registers: int | None = None
-    prefetch: bool = False
+    prefetch: bool = True
 
 
 def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
     """The launch for rows of so many columns on a device of `units` multiprocessors."""
-    # Twice as many candidates as are wanted have room. Of longer rows a larger sample is needed, or a few of its keys
-    # would decide.
-    capacity = max(4096 if columns <= 262144 else 8192, 1 << (2 * k - 1).bit_length())
-    sample = 4096 if columns <= 65536 else 8192
-    few = rows <= units  # a row to a multiprocessor: let more threads at it
-    warps = 16 if few or capacity > 8192 else 8
-    return TopkConfig(capacity, sample, 2048, num_warps=warps, programs=4 if warps == 8 else 2)
+    sample = 2048 if columns <= 32768 else 4096 if columns <= 65536 else 8192
+    share = min(k / columns, 1.0)
+    expected = sample * share
+    deviation = math.sqrt(expected * (1 - share))
+    a_sample = columns / sample
+    undecided = (6 * deviation + 6) * a_sample + k / 8  # between the thresholds, on average
+    candidates = (expected + 3 * deviation + 3) * 17 / 16 * a_sample
+    tile = max(2048, _power_of_2(1.25 * undecided))
+    capacity = max(4096, _power_of_2(1.25 * candidates))
+    # A warp a row if that fills the device: what is counted has to be summed over warps, and each does that again.
+    warps = 16 if rows <= 2 * units else 1 if sample == 2048 and tile == 2048 else 4 if sample == 8192 else 2
+    if tile > 2048 * warps:
+        warps = min(tile // 2048, 16)
+    return TopkConfig(tile, sample, warps, max(16 // warps, 1), capacity, 128 if warps <= 4 else 64)
+
+
+def _power_of_2(least: float) -> int:
+    return 1 << max(math.ceil(least) - 1, 0).bit_length()

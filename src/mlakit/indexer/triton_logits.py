@@ -172,7 +172,7 @@ def launch_indexer_logits(
     s_q, heads, dim = q.shape
     s_kv = k.shape[0]
     if config is None:
-        config = logits_config(s_q, s_kv, heads, device_info(q.device), paged=False)
+        config = logits_config(s_q, s_kv, heads, device_info(q.device))
     native = has_e4m3(q.device)
     descriptors = config.descriptors and native and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0
     q_blocks = triton.cdiv(s_q, config.block_q)
@@ -215,7 +215,7 @@ def launch_indexer_logits_paged(
     batch, q_len, heads, dim = q.shape
     columns = out.shape[1]
     if config is None:
-        config = logits_config(batch * q_len, columns, heads, device_info(q.device), paged=True)
+        config = logits_config(batch * q_len, columns, heads, device_info(q.device), q_len=q_len)
     native = has_e4m3(q.device)
     if not native:
         tensors = (q.view(torch.uint8), cache, *tensors[2:])
