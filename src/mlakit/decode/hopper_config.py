@@ -20,6 +20,7 @@ class HopperConfig:
     cooperative: bool = True
     early: bool = False
     parts: int = 1
+    eager: bool = False
     worker_registers: int = 240
     max_registers: int = 255
 

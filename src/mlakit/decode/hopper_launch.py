@@ -140,7 +140,7 @@ def _launch_hopper_decode(
     constants: tuple[Any, ...] = (causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)))
     if chosen.kernel == "many":
         function, constants = _mla_decode_many_kernel, (
-            *constants, chosen.prefetch, chosen.early, chosen.parts, chosen.worker_registers
+            *constants, chosen.prefetch, chosen.early, chosen.parts, chosen.eager, chosen.worker_registers
         )  # fmt: skip
     else:
         function, constants = _mla_decode_few_kernel, (*constants, tile_rows, chosen.prefetch)

@@ -105,6 +105,7 @@ def _attend(
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr,
+    EAGER: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = k_desc.dtype
@@ -202,6 +203,9 @@ def _attend(
                     maxima.index(0).store(m_new)
                     factors.index(0).store(factor)
                     mbarrier.arrive(told_m, count=1)
+                    if EAGER:  # read back, or the compiler computes half of the weights before it tells the maximum
+                        shift = _finite(maxima.index(0).load(of_row), CAUSAL)
+                        factor = factors.index(0).load(of_row)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
@@ -246,6 +250,9 @@ def _attend(
                     maxima.index(1).store(m_new)
                     factors.index(1).store(factor)
                     mbarrier.arrive(told_s, count=1)
+                    if EAGER:
+                        shift = _finite(maxima.index(1).load(of_row), CAUSAL)
+                        factor = factors.index(1).load(of_row)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     rounded = p.to(DTYPE)
                     weights.index(1).store(rounded)
@@ -276,6 +283,9 @@ def _attend(
                     maxima.index(1).store(m_new)
                     factors.index(1).store(factor)
                     mbarrier.arrive(told_s, count=1)
+                    if EAGER:
+                        shift = _finite(maxima.index(1).load(of_row), CAUSAL)
+                        factor = factors.index(1).load(of_row)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     rounded = p.to(DTYPE)
                     weights.index(1).store(rounded)
@@ -392,16 +402,28 @@ def _attend(
 
 @gluon.jit
 def _left(
-    args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr
+    args,
+    CAUSAL: gl.constexpr,
+    PAGE: gl.constexpr,
+    PREFETCH: gl.constexpr,
+    EARLY: gl.constexpr,
+    PARTS: gl.constexpr,
+    EAGER: gl.constexpr,
 ):
-    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)
+    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)
 
 
 @gluon.jit
 def _right(
-    args, CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr
+    args,
+    CAUSAL: gl.constexpr,
+    PAGE: gl.constexpr,
+    PREFETCH: gl.constexpr,
+    EARLY: gl.constexpr,
+    PARTS: gl.constexpr,
+    EAGER: gl.constexpr,
 ):
-    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)
+    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -425,7 +447,7 @@ def _mla_decode_many_kernel(
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
     batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
     CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
-    EARLY: gl.constexpr, PARTS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    EARLY: gl.constexpr, PARTS: gl.constexpr, EAGER: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
@@ -464,7 +486,10 @@ def _mla_decode_many_kernel(
         queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_left, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS)), (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS))],
+        [
+            (_left, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)),
+            (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)),
+        ],
         [4],
         [WORKER_REGISTERS],
     )
