@@ -22,7 +22,18 @@ def test_mla(spec, fields):
     )  # fmt: skip
     result = measure_row(config, CEILINGS)
     assert result.success, result.error
-    assert result.check.lse_error is not None
+    assert all(kernel.endswith(", triton") for kernel in result.kernels.values())
+    assert (result.check.lse_error is not None) == (fields.get("scope") != "pipeline")
+
+
+def test_mlakit_takes_the_fastest_there_is_and_says_which():
+    # On a CPU that is the reference; the kernels of a GPU are tests/gpu/test_backends.py's.
+    config = BenchmarkConfig(
+        backend="mlakit", batch_spec="q20_2q1s20", model="tiny", num_layers=1, block_size=16, dtype="fp16",
+        device="cpu", repeats=1, warmup_iters=0, l2="hot", check=False,
+    )  # fmt: skip
+    result = measure_row(config, CEILINGS)
+    assert result.kernels == {"decode": "mla_decode, reference", "prefill": "mla_prefill, reference"}
 
 
 @pytest.mark.parametrize("spec", ["2q1s33", "q20_q9s30_q1s17"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlakit.backends.base import Unavailable, UnsupportedError
-from mlakit.backends.peers import Candidate, Library, find, without
+from mlakit.backends.peers import Candidate, Library, find, why_not, without
 
 if TYPE_CHECKING:
     import torch
@@ -187,11 +187,10 @@ class FlashAttention:
 
 def find_flash(device: DeviceInfo, generation: int | None = None) -> FlashAttention | Unavailable:
     """FlashAttention of a generation, or of the latest that this GPU and what is installed allow: FA3 is for Hopper."""
-    hopper = device.capability is not None and device.capability[0] == 9
-    if generation == 3 and not hopper:
-        has = "this is a CPU" if device.capability is None else f"this GPU has {device.capability[0]}.x"
-        return Unavailable(f"FlashAttention-3 needs compute capability 9.0, {has}")
-    wanted = [generation] if generation else [3, 2] if hopper else [2]
+    elsewhere = why_not(device, (9, 0), only=True)
+    if generation == 3 and elsewhere:
+        return Unavailable(f"FlashAttention-3 {elsewhere}")
+    wanted = [generation] if generation else [2] if elsewhere else [3, 2]
     reasons = []
     for each in wanted:
         found = find(_CANDIDATES[each], _INSTALL[each])

@@ -65,8 +65,11 @@ class MlakitTriton(_OwnKernels):
             lses = []
             for part in batch.runs:
                 shape = (part.size, part.q_len, dims.num_heads)
+                query = q[part.rows].view(*shape, dims.latent_dim)
+                if problem.kernel is None:
+                    problem.kernel = _decode_kernel(problem, query, cache, num_splits, self.impl)
                 _, lse = mla_decode(
-                    q[part.rows].view(*shape, dims.latent_dim),
+                    query,
                     cache,
                     batch.block_table[part.requests],
                     batch.seq_lens[part.requests],
@@ -118,6 +121,8 @@ def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
     batch = problem.batch
 
     def run(q: Any, k: Any, v: Any, out: Any) -> Output:
+        if problem.kernel is None:
+            problem.kernel = _prefill_kernel(problem, q, k, v, out, impl)
         return mla_prefill(
             q,
             k,
@@ -132,6 +137,27 @@ def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
         )
 
     return run
+
+
+# The operators choose within themselves, so that is where these two look: into what is private to them.
+def _decode_kernel(problem: MLAProblem, q: Any, cache: Any, num_splits: int | None, impl: str | None) -> str:
+    from mlakit.decode.ops import _candidates
+    from mlakit.dispatch import choose
+
+    candidates = _candidates(q, cache, problem.softmax_scale, problem.dims.kv_lora_rank, num_splits)
+    return f"mla_decode, {choose('mla_decode', impl, candidates)}"
+
+
+def _prefill_kernel(problem: Problem, q: Any, k: Any, v: Any, out: Any, impl: str | None) -> str:
+    from mlakit.prefill.api import _choose
+    from mlakit.prefill.ops import _takes_hopper
+
+    batch = problem.batch
+    chosen = _choose(impl, q, k, v, None, out, batch.size)
+    if chosen == "auto":
+        hopper = _takes_hopper(q, k, v, None, batch.cu_seqlens_q, batch.max_q_len, False)
+        chosen = "hopper" if hopper else "triton"
+    return f"mla_prefill, {chosen}"
 
 
 def _concatenate(tensors: list[Any]) -> Any:

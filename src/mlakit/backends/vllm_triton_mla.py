@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlakit.backends.problem import MLAProblem, Problem
 
 _WANTED = without("decode_attention_fwd")
+_ELEMENTS = 2**31  # as many as its offsets can number
 _KEYS_PER_SPLIT = 512  # vLLM 0.20's own rule for the number of splits: a power of two, two waves at most
 
 
@@ -66,7 +67,7 @@ class VLLMTritonMLA(Peer):
             return None
         slots = sum(problem.batch.page_counts) * problem.batch.page_size
         elements = slots * problem.dims.latent_dim
-        if elements <= 2**31:
+        if elements <= _ELEMENTS:
             return None
         return (
             f"the cache has {elements} elements, and vLLM's kernel numbers them with 32 bits: beyond 2**31 it reads "
