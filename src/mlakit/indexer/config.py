@@ -81,7 +81,9 @@ def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
     warps = 16 if rows <= 2 * units else 1 if sample == 2048 and tile == 2048 else 4 if sample == 8192 else 2
     if tile > 2048 * warps:
         warps = min(tile // 2048, 16)
-    return TopkConfig(tile, sample, warps, max(16 // warps, 1), capacity, 128 if warps <= 4 else 64)
+    # With 128 registers, sixteen warps share a multiprocessor. More than 32 values a thread need more.
+    registers = 128 if warps == 1 or max(tile, sample) <= 1024 * warps else None
+    return TopkConfig(tile, sample, warps, max(16 // warps, 1), capacity, registers)
 
 
 def _power_of_2(least: float) -> int:
