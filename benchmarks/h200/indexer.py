@@ -34,21 +34,15 @@ FEW_ROWS = [(64, 131072), (1, 131072)]
 CHECKED = 16
 
 LOGITS = [
-    *(LogitsConfig(2, 64, 4, stages, descriptors=True) for stages in (3, 4, 5)),
-    *(LogitsConfig(2, 64, 4, stages, split, descriptors=True) for stages in (4, 5) for split in (2048, 8192)),
-    *(LogitsConfig(2, 64, 4, stages, split) for stages in (3, 4) for split in (2048, 8192)),
+    *(LogitsConfig(2, 64, 4, 4, split, descriptors=True) for split in (4096, 16384)),
+    LogitsConfig(2, 64, 4, 3, 8192, descriptors=True),
+    LogitsConfig(2, 64, 4, 3, 8192),
     LogitsConfig(2, 128, 4, 3, 8192, descriptors=True),
 ]
 PAGED = [
-    LogitsConfig(block_q, block_n, warps, stages, split)
-    for block_q, block_n, warps, stages in [
-        (1, 128, 4, 3),
-        (1, 128, 4, 4),
-        (2, 64, 4, 3),
-        (2, 64, 4, 4),
-        (2, 128, 4, 3),
-    ]
-    for split in (512, 1024, 2048)
+    LogitsConfig(block_q, block_n, 4, 3, split)
+    for block_q, block_n in [(1, 128), (2, 64)]
+    for split in (256, 512, 1024, 2048)
 ]
 TOPK = [
     TopkConfig(tile, sample, warps, programs, 4096, registers, prefetch)
