@@ -171,8 +171,8 @@ def select_topk(
 def _unsuitable(heads: int, dim: int) -> str | None:
     if not 1 <= heads <= _MOST_HEADS:
         return f"heads must be from 1 to {_MOST_HEADS}, got {heads}"
-    if dim not in (32, 64, 128, 256):
-        return f"dim must be 32, 64, 128 or 256, got {dim}"
+    if dim not in (32, 64, 128):
+        return f"dim must be 32, 64 or 128, got {dim}"
     return None
 
 
