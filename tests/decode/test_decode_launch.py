@@ -91,12 +91,19 @@ def test_slots_share_every_tile_once(
 # few keys and many; pages below a tile and as large.
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), None])
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 128, 512])
-@pytest.mark.parametrize(("keys", "page_size"), [(1024, 64), (2**24, 16)])
+@pytest.mark.parametrize(("batch", "capacity", "page_size"), [(1, 1024, 64), (128, 2**17, 16)])
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (64, 16), (256, 64), (1024, 64)])
 def test_every_configuration_fits_shared_memory(
-    capability: tuple[int, int] | None, rows: int, keys: int, page_size: int, rank: int, rope: int
+    capability: tuple[int, int] | None, batch: int, rows: int, capacity: int, page_size: int, rank: int, rope: int
 ) -> None:
-    shapes = {"rows": rows, "keys": keys, "kv_lora_rank": rank, "rope_dim": rope, "item_bytes": 2}
+    shapes = {
+        "batch": batch,
+        "rows": rows,
+        "capacity": capacity,
+        "kv_lora_rank": rank,
+        "rope_dim": rope,
+        "item_bytes": 2,
+    }
     config = choose_config(**shapes, page_size=page_size, capability=capability)
     limit = shared_limit(capability or (8, 0))
     assert config.resident * (config.shared_bytes(rank, rope, 2) + 1024) <= limit + 1024
@@ -105,4 +112,6 @@ def test_every_configuration_fits_shared_memory(
 
 def test_dimensions_that_fit_no_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="no launch configuration of mla_decode fits"):
-        choose_config(rows=1, keys=1, page_size=64, kv_lora_rank=8192, rope_dim=64, item_bytes=2, capability=(8, 6))
+        choose_config(
+            batch=1, rows=1, capacity=1, page_size=64, kv_lora_rank=8192, rope_dim=64, item_bytes=2, capability=(8, 6)
+        )

@@ -123,6 +123,9 @@ def _attend(
     row's sum of weights, and the score that they are relative to.
     """
     SMALL: tl.constexpr = BLOCK_M < 64
+    # With large tiles registers are worth more than instructions: 128x128x8192 takes 1009 us instead of 1030 if what
+    # does not change from key to key is computed for each (and where more goes on, it spills).
+    COMPUTE_INSIDE: tl.constexpr = not SMALL and not CAUSAL and PAGE_SIZE >= BLOCK_N
     rows = q_len * heads
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     start, end, visible = _sight(
@@ -151,7 +154,7 @@ def _attend(
     acc_b = tl.zeros([BLOCK_M, HALF], tl.float32)
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
-        for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        for i in tl.range(start, end, BLOCK_N, num_stages=STAGES, disable_licm=COMPUTE_INSIDE):
             k_a = tl.load(_keys_at(cache_ptr, page, i, last, c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
             k_b = tl.load(_keys_at(cache_ptr, page, i, last, HALF + c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
             k_r = tl.load(_keys_at(cache_ptr, page, i, last, r, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))

@@ -54,19 +54,20 @@ def shared_limit(capability: tuple[int, int]) -> int:
 
 def choose_config(
     *,
+    batch: int,
     rows: int,
-    keys: int,
+    capacity: int,
     page_size: int,
     kv_lora_rank: int,
     rope_dim: int,
     item_bytes: int,
     capability: tuple[int, int] | None,
 ) -> DecodeConfig:
-    """The launch configuration for `rows` query rows a request, where all tables together have room for `keys` keys;
-    None as capability is the interpreter.
+    """The launch configuration for `batch` requests of `rows` query rows each, and room for `capacity` keys in each
+    one's table; None as capability is the interpreter.
     """
     capability = capability or (8, 0)
-    config = _preferred(rows, keys, page_size, capability)
+    config = _preferred(batch, rows, capacity, page_size, capability)
     if config.block_m * kv_lora_rank > 4096 * config.num_warps:  # 128 accumulators a thread
         config = DecodeConfig(16, 32, 8, 3, 1)
     limit = shared_limit(capability)
@@ -77,24 +78,24 @@ def choose_config(
     return config
 
 
-def _preferred(rows: int, keys: int, page_size: int, capability: tuple[int, int]) -> DecodeConfig:
+def _preferred(batch: int, rows: int, capacity: int, page_size: int, capability: tuple[int, int]) -> DecodeConfig:
     # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys, in microseconds. Elsewhere by
     # arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
-        # (16, 64, 4, 3) and two programs of (16, 32, 4, 3): 1x16x8192 16.4 and 17.2, 32x16x8192 98.9 and 100.8,
-        # 64x16x4096 106.5 and 107.8, 128x16x8192 305.7 and 306.1, 128x16x4096 of very different lengths 177.1 and
-        # 172.8.
-        if large and keys <= 2**19:
+        # One program of (16, 64, 4, 3) and two of (16, 32, 4, 3): 1x16x8192 15.0 and 16.0, 16x16x1024 22.3 and 24.6,
+        # 128x16x2048 91.7 and 97.2, 32x16x8192 98.7 and 100.8, 128x16x8192 305.7 and 306.1; but 512x16x512 115.5 and
+        # 107.7, and 128x16x4096 of very different lengths 177.1 and 172.8.
+        if large and capacity >= 1024 and batch * capacity <= 2**19:
             return DecodeConfig(16, 64, 4, 3, 1)
         return DecodeConfig(16, 32, 4, 3, 2 if large else 1)
     if rows <= 32 or capability[0] != 9:
         if not large:
             return DecodeConfig(32, 32, 8, 3, 1)
-        # 4 and 8 warps: 64x32x4096 110.5 and 123.8, 128x32x8192 370.5 and 424.7, 1x32x8192 20.5 and 20.0. With 4 no
+        # 4 and 8 warps: 64x32x4096 108.8 and 123.1, 128x32x8192 367.5 and 423.6, 16x32x1024 29.5 and 31.0. With 4 no
         # register is left: where a tile gathers several pages, or on sm_100, they spill.
         return DecodeConfig(32, 64, 4 if capability[0] == 9 and page_size >= 64 else 8, 3, 1)
-    # 128x128x8192: (64, 64, 8, 2) 1023, (64, 32, 8, 4) 1286.
+    # 128x128x8192: (64, 64, 8, 2) 1023, (64, 32, 8, 4) 1286. 128x128x2048: 309, two tiles of (32, 64, 4, 3) 372.
     return DecodeConfig(64, 64, 8, 2, 1)
 
 
@@ -153,8 +154,9 @@ def _plan_call(
     batch, q_len, heads, latent_dim = shape
     rows, rope_dim, capacity = q_len * heads, latent_dim - kv_lora_rank, max_pages * page_size
     config = config or choose_config(
+        batch=batch,
         rows=rows,
-        keys=batch * capacity,
+        capacity=capacity,
         page_size=page_size,
         kv_lora_rank=kv_lora_rank,
         rope_dim=rope_dim,
@@ -180,7 +182,8 @@ def _plan_call(
         # At least as many as make sums over the batch meet in shared memory: only then does ptxas see that the bounds
         # of loops are the same for all threads, and keeps wgmma's descriptors out of vector registers (1279
         # instructions a key tile instead of 869, and spills, where a warp summed 16 requests by itself).
-        "BLOCK_B": (1 if batch == 1 else max(128, triton.next_power_of_2(batch))) if balanced else 128,
+        # (256 and not 128: by luck, ptxas then finds a register more for 32 rows with Triton 3.6.)
+        "BLOCK_B": (1 if batch == 1 else max(256, triton.next_power_of_2(batch))) if balanced else 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "MIN_TILES": min_tiles,
@@ -193,7 +196,7 @@ def _plan_call(
     whole_rows = batch * rows >= 8 * device.units and pieces <= 8
     block_p = min(64, max(2, triton.next_power_of_2(pieces)))
     block_c = 512 if whole_rows else 128
-    if pieces > 96 and batch * rows * (kv_lora_rank // 64) <= device.units:  # 1x16x8192: 1 us less
+    if pieces > 96 and batch * rows * (kv_lora_rank // 64) <= device.units:  # 1x16x8192: up to 1 us less
         block_p, block_c = 128, 64
     block_c = min(block_c, kv_lora_rank)
     return _CallPlan(
