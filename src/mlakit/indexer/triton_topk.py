@@ -240,7 +240,8 @@ def _collect(row_ptr, values_ptr, index_ptr, hidden, length, key, CAPACITY: tl.c
                 c = g
                 d = h
                 start += STEP
-            total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
+            if total <= CAPACITY:  # there is room for one block more, not for two
+                total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
             start += STEP
     else:
         while (start + STEP <= length) & (total <= CAPACITY):
