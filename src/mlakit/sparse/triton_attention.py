@@ -130,75 +130,32 @@ def _plain_tile(
 @triton.jit
 def _warpgroup_steps(
     q_c, q_r, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, m, l, acc,
-    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Some steps of `_warpgroup_tile`; not MASKED if all indices are valid and fill their steps."""
     c = tl.arange(0, RANK)
     r = tl.arange(0, ROPE if ROPE > 0 else 16)
     n = tl.arange(0, BLOCK_N)
     index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
-    for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for i in tl.range(begin, end, BLOCK_N, num_stages=2 if MASKED else STAGES):
         offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
         valid = index.to(tl.uint32) < s_kv  # below 0 is far above
-        if MASKED:
-            k_c = tl.load(kv_ptr + offset[None, :] + c[:, None], mask=valid[None, :], other=0.0)
+        if FP8:
+            k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE, MASKED).to(q_c.dtype)
         else:
-            k_c = tl.load(kv_ptr + offset[None, :] + c[:, None])
+            k_c = _load(kv_ptr + offset[:, None] + c[None, :], valid[:, None], MASKED)
         if ROPE > 0:
-            if MASKED:
-                k_r = tl.load(kv_ptr + RANK + offset[None, :] + r[:, None], mask=valid[None, :], other=0.0)
-            else:
-                k_r = tl.load(kv_ptr + RANK + offset[None, :] + r[:, None])
+            k_r = _rope(kv_ptr, offset, valid, r, RANK, FP8, MASKED).to(q_c.dtype)
             if i < end:
-                s = tl.dot(tl.trans(k_c), q_c) * scale_log2 + tl.dot(tl.trans(k_r), q_r) * scale_log2
-            else:
-                s = tl.dot(tl.trans(k_r), q_r)
-        else:
-            if i < end:
-                s = tl.dot(tl.trans(k_c), q_c) * scale_log2
-            else:
-                s = tl.dot(tl.trans(k_c), q_c)
-        if MASKED:
-            s = tl.where(valid[:, None], s, -float("inf"))
-            index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
-        else:
-            index = tl.load(indices_ptr + tl.minimum(i + BLOCK_N, end - BLOCK_N) + n)
-        m_new = tl.maximum(m, tl.max(s, 0))
-        shift = m_new
-        if MASKED:  # no key yet: 0 instead of inf - inf
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        alpha = tl.exp2(m - shift)
-        p = tl.exp2(s - shift[None, :])
-        l = l * alpha[None, None, :] + tl.sum(tl.reshape(p, [BLOCK_N // 16, 2, 8, BLOCK_M]), 1)
-        m = m_new
-        acc = tl.dot(tl.trans(p.to(k_c.dtype)), tl.trans(k_c), acc * alpha[:, None])
-    return m, l, acc
-
-
-@triton.jit
-def _warpgroup_fp8_steps(
-    q_c, q_r, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, m, l, acc,
-    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Some steps of `_warpgroup_tile` for the float8 cache. Keys pass through registers here, so scores are heads x
-    keys: the second operand is the one that is always read from shared memory, where the dequantized tile lies once for
-    both products.
-    """
-    r = tl.arange(0, ROPE if ROPE > 0 else 16)
-    n = tl.arange(0, BLOCK_N)
-    index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
-    for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
-        valid = index.to(tl.uint32) < s_kv
-        k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE, MASKED).to(q_c.dtype)
-        if ROPE > 0:
-            k_r = _rope(kv_ptr, offset, valid, r, RANK, True, MASKED).to(q_c.dtype)
-            if i < end:
-                s = tl.dot(q_c, tl.trans(k_c)) * scale_log2 + tl.dot(q_r, tl.trans(k_r)) * scale_log2
-            else:
                 s = tl.dot(q_r, tl.trans(k_r))
+            else:
+                s = tl.dot(q_c, tl.trans(k_c))
+            if i != end:  # put otherwise, or the two branches would become one
+                s = tl.dot(q_c, tl.trans(k_c), s)
+            else:
+                s = tl.dot(q_r, tl.trans(k_r), s)
+            s = s * scale_log2
         else:
             if i < end:
                 s = tl.dot(q_c, tl.trans(k_c)) * scale_log2
@@ -211,26 +168,33 @@ def _warpgroup_fp8_steps(
             index = tl.load(indices_ptr + tl.minimum(i + BLOCK_N, end - BLOCK_N) + n)
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new
-        if MASKED:
+        if MASKED:  # no key yet: 0 instead of inf - inf
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = tl.exp2(m - shift)
         p = tl.exp2(s - shift[:, None])
-        l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, 2, BLOCK_N // 2]), 2)
+        l = l * alpha[:, None, None] + tl.sum(tl.sum(tl.reshape(p, [BLOCK_M, 2, BLOCK_N // 16, 4, 2]), 4), 2)
         m = m_new
         acc = tl.dot(p.to(k_c.dtype), k_c, acc * alpha[:, None])
+        if not FP8:
+            if i > end:
+                m = m + tl.max(k_c.to(tl.float32))
     return m, l, acc
 
 
 @triton.jit
-def _whole_steps(indices_ptr, begin, end, s_kv, BLOCK_N: tl.constexpr):
-    """Where the steps end that need no mask: at `begin` if any index is invalid, else at the last whole step."""
+def _scan(indices_ptr, begin, end, s_kv, BLOCK_N: tl.constexpr):
+    """Where the steps end that need no mask, before the first invalid index; and where the valid indices end."""
     SCAN: tl.constexpr = 1024
     at = tl.arange(0, SCAN)
-    bad = tl.zeros([SCAN], tl.int32)
+    invalid = tl.zeros([SCAN], tl.int32) + end
+    valid = tl.zeros([SCAN], tl.int32) + begin
     for i in tl.range(begin, end, SCAN, num_stages=1):
-        index = tl.load(indices_ptr + i + at, mask=i + at < end, other=0)
-        bad = bad | ((index.to(tl.uint32) >= s_kv) & (i + at < end)).to(tl.int32)
-    return tl.where(tl.max(bad, 0) == 0, begin + (end - begin) // BLOCK_N * BLOCK_N, begin)
+        index = tl.load(indices_ptr + i + at, mask=i + at < end, other=-1)
+        good = index.to(tl.uint32) < s_kv
+        invalid = tl.minimum(invalid, tl.where(good, end, i + at))
+        valid = tl.maximum(valid, tl.where(good, i + at + 1, begin))
+    first = tl.minimum(tl.min(invalid, 0), end)
+    return begin + (first - begin) // BLOCK_N * BLOCK_N, tl.max(valid, 0)
 
 
 @triton.jit
@@ -241,17 +205,16 @@ def _warpgroup_tile(
 ):  # fmt: skip
     """The same for 64 rows on Hopper: the largest score, the sum of weights, the weighted sum.
 
-    Steps of valid indices alone, which is what there is once a context is longer than topk, go without masks: they are
-    a fifth of a step's instructions (346 TFLOP/s instead of 315).
+    Steps of valid indices alone go without masks, which are a fifth of a step's instructions (346 TFLOP/s instead of
+    315), up to the first invalid index of the piece; what follows the last valid one is left out.
 
-    Three things are for Triton's compiler, and change no result:
-    - The product for the scores stands in a branch that is always taken. Where Triton sees a product's result flow into
-      another product it gives all warps to rows, and with 64 rows both warpgroups then compute the same scores. LLVM
-      removes the branch; the other side holds a product too, so that no layout is converted inside.
-    - Scores are keys x heads, and keys are loaded as columns and transposed at both products, once inside the branch
-      and once outside. Then the copies of a step are issued two steps ahead into two buffers, and not one step ahead
-      (exposed) or into three (too much shared memory).
-    - Sums of weights are kept for 8 rows of each warp, to be added up at the end and not across warps in every step.
+    Three things are for Triton's compiler, and change no result; LLVM removes the branches:
+    - The products for the scores stand in branches that are always taken. Where Triton sees a product's result flow
+      into another product it gives all warps to rows, and with 64 rows both warpgroups then compute the same scores.
+      The other side of a branch holds a product too, so that no layout is converted inside.
+    - A branch that is never taken looks at the keys. Keys that only products look at get a third buffer where their
+      copies are issued two steps ahead, and there is no room for it.
+    - Sums of weights are kept as each thread has them, to be added up at the end and not in every step.
     """
     c = tl.arange(0, RANK)
     r = tl.arange(0, ROPE if ROPE > 0 else 16)
@@ -259,34 +222,19 @@ def _warpgroup_tile(
     q_r = q_c
     if ROPE > 0:
         q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=live[:, None], other=0.0)
-    whole = _whole_steps(indices_ptr, begin, end, s_kv, BLOCK_N)
+    whole, end = _scan(indices_ptr, begin, end, s_kv, BLOCK_N)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, RANK], tl.float32)
-    if FP8:
-        l = tl.zeros([BLOCK_M, 2], tl.float32)
-        m, l, acc = _warpgroup_fp8_steps(
-            q_c, q_r, kv_ptr, indices_ptr, begin, whole, s_kv, scale_log2, stride_kp, m, l, acc,
-            STRIDE_KT, RANK, ROPE, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, False,
-        )  # fmt: skip
-        m, l, acc = _warpgroup_fp8_steps(
-            q_c, q_r, kv_ptr, indices_ptr, whole, end, s_kv, scale_log2, stride_kp, m, l, acc,
-            STRIDE_KT, RANK, ROPE, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, True,
-        )  # fmt: skip
-        l = tl.sum(l, 1)
-    else:
-        q_c = tl.trans(q_c)
-        q_r = tl.trans(q_r)
-        l = tl.zeros([BLOCK_N // 16, 8, BLOCK_M], tl.float32)
-        m, l, acc = _warpgroup_steps(
-            q_c, q_r, kv_ptr, indices_ptr, begin, whole, s_kv, scale_log2, stride_kp, m, l, acc,
-            STRIDE_KT, RANK, ROPE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, False,
-        )  # fmt: skip
-        m, l, acc = _warpgroup_steps(
-            q_c, q_r, kv_ptr, indices_ptr, whole, end, s_kv, scale_log2, stride_kp, m, l, acc,
-            STRIDE_KT, RANK, ROPE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, True,
-        )  # fmt: skip
-        l = tl.sum(tl.sum(l, 0), 0)
-    return m, l, acc
+    l = tl.zeros([BLOCK_M, 2, 4], tl.float32)
+    m, l, acc = _warpgroup_steps(
+        q_c, q_r, kv_ptr, indices_ptr, begin, whole, s_kv, scale_log2, stride_kp, m, l, acc,
+        STRIDE_KT, RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, False,
+    )  # fmt: skip
+    m, l, acc = _warpgroup_steps(
+        q_c, q_r, kv_ptr, indices_ptr, whole, end, s_kv, scale_log2, stride_kp, m, l, acc,
+        STRIDE_KT, RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, True,
+    )  # fmt: skip
+    return m, tl.sum(tl.sum(l, 2), 1), acc
 
 
 @triton.jit
