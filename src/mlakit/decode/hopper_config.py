@@ -91,6 +91,11 @@ def refusal(
     if q.shape[0] > 4096:
         return f"needs at most 4096 requests, got {q.shape[0]}"
     rows = q.shape[1] * q.shape[2]
+    if num_splits is not None and q.shape[0] * num_splits * (rows + 64) * RANK >= 2**31:
+        return (
+            f"needs fewer than 2**31 elements of partial results, got {q.shape[0]} requests of {rows} query rows in "
+            f"{num_splits} pieces"
+        )
     if num_splits is not None and num_splits > 1 and rows > 64 * units:
         return f"needs at most {units * 64} query rows a request where it is split, got {rows}"
     return None

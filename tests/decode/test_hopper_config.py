@@ -1,0 +1,91 @@
+"""What the Hopper kernels refuse, in words, and which configuration they take: no GPU, no kernel."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mlakit.decode import mla_decode
+from mlakit.decode.hopper_config import choose_config, plan_slots, refusal
+from mlakit.decode.ops import _candidates, _hopper_reason
+from mlakit.hardware import DeviceInfo, pretend
+
+H200 = DeviceInfo("cuda", 0, "NVIDIA H200", (9, 0), 132, 60 * 2**20, 141 * 2**30)
+A100 = DeviceInfo("cuda", 0, "NVIDIA A100", (8, 0), 108, 40 * 2**20, 80 * 2**30)
+
+
+def inputs(
+    heads: int = 128, dtype: torch.dtype = torch.bfloat16, page_size: int = 64, latent: int = 576
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty((2, 1, heads, latent), dtype=dtype), torch.empty((3, page_size, latent), dtype=dtype)
+
+
+def why(q: torch.Tensor, cache: torch.Tensor, **options: Any) -> str | None:
+    given = {"softmax_scale": 0.1, "kv_lora_rank": 512, "num_splits": None, "units": 132, **options}
+    return refusal(q, cache, **given)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 33, 64, 128, 200])
+@pytest.mark.parametrize("page_size", [64, 128, 4096])
+def test_what_they_take(heads: int, page_size: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert why(*inputs(heads, dtype, page_size)) is None
+
+
+# One case for every reason; each message must hold what is needed and what came.
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"dtype": torch.float32}, {}, r"bfloat16 or float16, got torch\.float32"),
+        ({"latent": 320}, {}, "kv_lora_rank 512 and latent_dim 576, got 512 and 320"),
+        ({}, {"kv_lora_rank": 256}, "kv_lora_rank 512 and latent_dim 576, got 256 and 576"),
+        ({}, {"softmax_scale": -0.1}, "a positive softmax_scale, got -0.1"),
+        ({"page_size": 16}, {}, "a power of two and at least 64, got 16"),
+        ({"page_size": 96}, {}, "a power of two and at least 64, got 96"),
+        ({"heads": 9000}, {"num_splits": 4}, "at most 8448 query rows a request where it is split, got 9000"),
+        ({}, {"num_splits": 100_000}, "fewer than 2\\*\\*31 elements of partial results"),
+    ],
+)
+def test_what_they_refuse(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    found = why(*inputs(**change), **options)
+    assert found is not None
+    with pytest.raises(RuntimeError, match=message):
+        raise RuntimeError(found)
+
+
+def test_caches_that_are_no_matrix_are_refused() -> None:
+    q, _ = inputs()
+    assert "without gaps" in (why(q, torch.empty((3, 128, 576), dtype=q.dtype)[:, :64]) or "")
+    assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 580), dtype=q.dtype)[..., :576]) or "")
+    assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 584), dtype=q.dtype)[..., 4:580]) or "")
+    assert why(q, torch.empty((3, 64, 640), dtype=q.dtype)[..., :576]) is None  # keys further apart are fine
+    assert "at least one page" in (why(q, torch.empty((0, 64, 576), dtype=q.dtype)) or "")
+
+
+def test_other_gpus_are_refused_by_name() -> None:
+    _hopper_reason.cache_clear()
+    with pretend(A100):
+        assert _hopper_reason("cuda:0") == "needs an NVIDIA GPU of compute capability 9.0, found (8, 0)"
+    _hopper_reason.cache_clear()
+    with pretend(H200):
+        assert _hopper_reason("cuda:0") is None
+    _hopper_reason.cache_clear()
+    q, cache = inputs()
+    found = _candidates(q, cache, 0.1, 512, None)
+    assert found["reference"] is None
+    assert found["hopper"] == "the tensors are on the CPU, and Gluon has no interpreter"
+    table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="impl='hopper' cannot run: the tensors are on the CPU"):
+        mla_decode(q, cache, table, lens, softmax_scale=0.1, impl="hopper")
+
+
+# Up to 16 and 32 query rows the kernel whose columns they are, above that the one of 64 rows.
+@pytest.mark.parametrize(
+    ("rows", "kernel", "tile_rows"),
+    [(1, "few", 16), (16, "few", 16), (17, "few", 32), (32, "few", 32), (33, "many", 64), (512, "many", 64)],
+)
+def test_configurations(rows: int, kernel: str, tile_rows: int) -> None:
+    config = choose_config(batch=4, rows=rows)
+    assert (config.kernel, config.tile_rows) == (kernel, tile_rows)
+    plan = plan_slots(batch=4, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
+    assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
