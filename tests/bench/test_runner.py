@@ -87,9 +87,9 @@ def test_without_check_a_wrong_result_gets_a_time_and_the_row_says_unchecked(run
 
 
 def test_backend_without_adapter_is_a_row(run, row):
-    missing, good = run(row("FLASHMLA"), row())
+    missing, good = run(row("TOKENSPEED_MLA"), row())
     assert missing.status == "unavailable"
-    assert "no adapter for flashmla" in missing.error
+    assert "no adapter for tokenspeed_mla" in missing.error
     assert good.success
 
 
