@@ -109,6 +109,10 @@ class CuDNN(SDPA):
         return _by_cudnn(super().prepare_standard(problem))
 
 
+# What SDPA says, and what it says where it is only asked for its choice.
+_NO_KERNEL = ("No available kernel", "No viable backend")
+
+
 def _by_cudnn(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -117,7 +121,7 @@ def _by_cudnn(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             try:
                 return run(*tensors)
             except RuntimeError as error:
-                if "No available kernel" in str(error):
+                if str(error).startswith(_NO_KERNEL):
                     raise UnsupportedError("PyTorch offers no cuDNN kernel for these shapes and masks") from error
                 raise
 
