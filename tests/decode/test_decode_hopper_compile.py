@@ -52,10 +52,11 @@ def test_many_heads(q_len: int, heads: int, dtype: torch.dtype, page_size: int) 
     assert kernel.shared_bytes <= SHARED_LIMIT
     assert kernel.sass.count("HGMMA") == 88
     assert kernel.sass.count("WARPGROUP.ARRIVE") <= 10  # more of them would mean products that wait for one another
+    assert kernel.spills <= 32  # numbers of a piece, kept in memory while its keys are computed
     for body in loops(kernel.sass)[:2]:
         assert sum("HGMMA" in text for text in body) == 44
-        assert not any("STL" in text for text in body)
-        assert sum("LDL" in text for text in body) <= 8  # numbers of a piece, read once a pair: no part of a matrix
+        assert not any("STL" in text or "LDL" in text for text in body)
+        assert sum("R2UR" in text for text in body) <= 16  # descriptors live in uniform registers (180 where not)
 
 
 # 16 and 32 query rows: two programs a multiprocessor.
@@ -67,5 +68,4 @@ def test_few_heads(q_len: int, heads: int) -> None:
     assert kernel.sass.count("HGMMA") == 68
     body = loops(kernel.sass)[0]
     assert not any("STL" in text or "LDL" in text for text in body)
-    if heads * q_len <= 16:
-        assert kernel.spills == 0
+    assert kernel.spills <= (0 if q_len == 1 else 16)  # numbers of a piece, as above

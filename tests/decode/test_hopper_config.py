@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from mlakit.decode import mla_decode
-from mlakit.decode.hopper_config import choose_config, plan_slots, refusal
+from mlakit.decode.hopper_config import (
+    FEW16,
+    FEW16_SHORT,
+    FEW32,
+    MANY,
+    HopperConfig,
+    choose_config,
+    plan_slots,
+    refusal,
+)
 from mlakit.decode.ops import _candidates, _hopper_reason
 from mlakit.hardware import DeviceInfo, pretend
 
@@ -71,21 +80,51 @@ def test_other_gpus_are_refused_by_name() -> None:
         assert _hopper_reason("cuda:0") is None
     _hopper_reason.cache_clear()
     q, cache = inputs()
-    found = _candidates(q, cache, 0.1, 512, None)
+    table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    found = _candidates(q, cache, table, 0.1, 512, None)
     assert found["reference"] is None
     assert found["hopper"] == "the tensors are on the CPU, and Gluon has no interpreter"
-    table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run: the tensors are on the CPU"):
         mla_decode(q, cache, table, lens, softmax_scale=0.1, impl="hopper")
 
 
-# Up to 16 and 32 query rows the kernel whose columns they are, above that the one of 64 rows.
+# Up to 16 and 32 query rows the kernel whose columns they are, above that the one of 64 rows; few keys in longer
+# pieces.
 @pytest.mark.parametrize(
-    ("rows", "kernel", "tile_rows"),
-    [(1, "few", 16), (16, "few", 16), (17, "few", 32), (32, "few", 32), (33, "many", 64), (512, "many", 64)],
+    ("batch", "rows", "capacity", "config"),
+    [
+        (16, 1, 1024, FEW16_SHORT),
+        (16, 16, 1024, FEW16_SHORT),
+        (64, 16, 4096, FEW16),
+        (64, 17, 4096, FEW32),
+        (64, 32, 1024, FEW32),
+        (64, 33, 4096, MANY),
+        (4, 512, 4096, MANY),
+    ],
 )
-def test_configurations(rows: int, kernel: str, tile_rows: int) -> None:
-    config = choose_config(batch=4, rows=rows)
-    assert (config.kernel, config.tile_rows) == (kernel, tile_rows)
-    plan = plan_slots(batch=4, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
+def test_configurations(batch: int, rows: int, capacity: int, config: HopperConfig) -> None:
+    assert choose_config(batch=batch, rows=rows, capacity=capacity) == config
+    plan = plan_slots(batch=batch, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
     assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
+
+
+# The portable kernels for one request, but for one of many heads and many keys; these for every other batch.
+@pytest.mark.parametrize(
+    ("batch", "rows", "pages", "first"),
+    [
+        (1, 16, 128, "triton"),
+        (1, 16, 2048, "triton"),
+        (1, 128, 128, "triton"),
+        (1, 128, 2048, "hopper"),
+        (16, 16, 16, "hopper"),
+        (128, 128, 128, "hopper"),
+    ],
+)
+def test_what_is_taken_unasked(batch: int, rows: int, pages: int, first: str) -> None:
+    q, cache = torch.empty((batch, 1, rows, 576), device="meta"), torch.empty((9, 64, 576), device="meta")
+    _hopper_reason.cache_clear()
+    with pretend(H200):
+        found = _candidates(q, cache, torch.empty((batch, pages), device="meta"), 0.1, 512, None)
+    _hopper_reason.cache_clear()
+    assert next(iter(found)) == first
+    assert list(found)[2] == "reference"

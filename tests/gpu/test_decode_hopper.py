@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlakit.decode import mla_decode, mla_decode_reference
-from mlakit.decode.hopper_config import FEW16, FEW32, MANY, HopperConfig
+from mlakit.decode.hopper_config import FEW16, FEW16_SHORT, FEW32, MANY, HopperConfig
 from mlakit.hardware import capability
 from mlakit.testing import PagedCache, assert_close, compare_lse, count_poison, poison_, random_paged_cache
 
@@ -113,8 +113,8 @@ def test_batches(lens: list[int], heads: int) -> None:
             assert torch.equal(again, before)
 
 
-# Every configuration the selector may take, on the rows of another: 16 heads by all three kernels.
-@pytest.mark.parametrize("config", [FEW16, FEW32, MANY, dataclasses.replace(FEW16, prefetch=False)])
+# Every configuration the selector may take, on the rows of another: 16 heads by all of them.
+@pytest.mark.parametrize("config", [FEW16, FEW16_SHORT, FEW32, MANY, dataclasses.replace(FEW16, least=3)])
 def test_every_configuration(config: HopperConfig) -> None:
     from mlakit.decode.hopper_launch import _launch_hopper_decode
 

@@ -11,17 +11,12 @@ RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
 class HopperConfig:
     """How a decode kernel is launched."""
 
-    kernel: str = "many"
-    tile_rows: int = 64  # query rows a program
-    step: int = 128  # keys a step: work is divided in whole ones
-    resident: int = 1  # programs a multiprocessor
-    least: int = 1  # steps of a piece: fewer cost more to start and to merge than to compute
-    prefetch: int = 0  # bring the next pages into L2 while a tile is computed: 1 in one piece, 2 by lines
-    cooperative: bool = True
-    early: bool = False
-    parts: int = 1
-    eager: bool = False
-    worker_registers: int = 240
+    kernel: str  # "many" or "few" heads
+    tile_rows: int  # query rows a program
+    step: int  # keys a step: work is divided in whole ones
+    resident: int  # programs a multiprocessor
+    least: int = 1  # steps of a piece, where nobody names a number of pieces
+    worker_registers: int = 240  # of the second warpgroup of the kernel for many heads
     max_registers: int = 255
 
 
@@ -101,15 +96,33 @@ def refusal(
     return None
 
 
-FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2)
+MANY = HopperConfig("many", tile_rows=64, step=128, resident=1)
 FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=2)
-MANY = HopperConfig("many")
+FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2)
+FEW16_SHORT = HopperConfig("few", tile_rows=16, step=64, resident=1)
+# All keys that the tables of a batch can hold, up to which fewer and longer pieces are better.
+_SHORT_KEYS = 32768
+# The same for one request, up to which the portable kernels are faster: they have less code to run through.
+_PORTABLE_KEYS = 16384
 
 
-def choose_config(*, batch: int, rows: int) -> HopperConfig:
-    """The launch configuration for `rows` query rows a request."""
+def choose_config(*, batch: int, rows: int, capacity: int) -> HopperConfig:
+    """The launch configuration for `rows` query rows a request and `capacity` keys in each one's table.
+
+    Measured on an H200, requests x heads x keys, microseconds (docs/kernels.md has all rows). 128x16x8192: FEW16 297.8,
+    FEW16_SHORT 317.7. 16x16x1024: 20.1, 18.9. 128x32x8192: FEW32 305, one program a multiprocessor 352, MANY 314.
+    """
     if rows <= 16:
-        return FEW16
-    if rows <= 32:
-        return FEW32
-    return MANY
+        return FEW16_SHORT if batch * capacity <= _SHORT_KEYS else FEW16
+    return FEW32 if rows <= 32 else MANY
+
+
+def is_faster_than_triton(*, batch: int, rows: int, capacity: int) -> bool:
+    """Were these kernels measured to be faster than the portable ones on inputs like these?
+
+    Everywhere but for one request (H200, microseconds, these and the portable ones): 1x16x8192 17.7 and 15.2,
+    1x16x131072 61.3 and 56.8, 1x128x8192 31.0 and 25.8; but 1x128x131072 86.0 and 151.0.
+    """
+    if batch > 1:
+        return True
+    return rows > 16 and capacity > _PORTABLE_KEYS

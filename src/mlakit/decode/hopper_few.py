@@ -25,7 +25,6 @@ from mlakit.decode.hopper_parts import (
     _barrier,
     _merge_chunks,
     _merge_rows,
-    _prefetch,
     _same_for_warp,
     _tile_row,
     _zero_tail,
@@ -50,10 +49,10 @@ def _fill_right(k_desc, row, keys, full, wanted):
 @gluon.jit(do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "slots", "splits", "least", "zero"])
 def _mla_decode_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
-    cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
-    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
+    table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
     batch, q_len, heads, capacity, slots, splits, least, zero,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr, PREFETCH: gl.constexpr,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     LN2: gl.constexpr = 0.6931471805599453
@@ -119,8 +118,6 @@ def _mla_decode_few_kernel(
                 z = _same_for_warp(step * zero)
                 at = step * 64
                 more = step + 1 < last
-                if PREFETCH > 0:
-                    _prefetch(cache_ptr, next_row, key_stride, more, PREFETCH == 1)
                 then_row = _tile_row(table, step + 2, last_tile, PAGE, 64)
                 left = keys.index(z)
                 right = keys.index(z + 1)

@@ -96,15 +96,15 @@ def _launch_hopper_decode(
     q_matrix = q.view(batch * rows, latent)
     pages, page_size, _ = cache.shape
     k_matrix = cache.as_strided((pages * page_size, latent), (cache.stride(1), 1))
-    aligned = (out.data_ptr() | lse.data_ptr() | seq_lens.data_ptr() | block_table.data_ptr()) % 16
+    aligned = tuple(tensor.data_ptr() % 16 for tensor in (out, lse, seq_lens, block_table))
     key = (
         q.shape, cache.shape, cache.stride(1), block_table.shape[1], block_table.stride(0), out.stride(), q.dtype,
         softmax_scale, causal, num_splits, config, device, aligned,
     )  # fmt: skip
     known = _LAUNCHES.get(key)
     if known is None:
-        chosen = config or choose_config(batch=batch, rows=rows)
         capacity = block_table.shape[1] * page_size
+        chosen = config or choose_config(batch=batch, rows=rows, capacity=capacity)
         plan = plan_slots(
             batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
             config=chosen,
@@ -118,7 +118,7 @@ def _launch_hopper_decode(
         partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)
         counters = _counters(device, batch * plan.row_tiles)
     keys = _descriptor(k_matrix, [64, RANK // 2]), _descriptor(k_matrix, [64, ROPE])
-    tensors = cache, block_table, seq_lens, out, lse, partial, partial_lse, counters
+    tensors = block_table, seq_lens, out, lse, partial, partial_lse, counters
     arguments: tuple[Any, ...]
     if chosen.kernel == "many":
         arguments = _descriptor(q_matrix, [tile_rows, RANK // 2]), *keys, q, *tensors
@@ -133,23 +133,20 @@ def _launch_hopper_decode(
             kernel(*arguments, *rest)
         return
     numbers: tuple[Any, ...] = (
-        softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], cache.stride(1),
-        batch, q_len, heads, capacity,
+        softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], batch, q_len, heads, capacity,
     )  # fmt: skip
     numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, chosen.least, 0)
     constants: tuple[Any, ...] = (causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)))
     if chosen.kernel == "many":
-        function, constants = _mla_decode_many_kernel, (
-            *constants, chosen.prefetch, chosen.early, chosen.parts, chosen.eager, chosen.worker_registers
-        )  # fmt: skip
+        function, constants = _mla_decode_many_kernel, (*constants, chosen.worker_registers)
     else:
-        function, constants = _mla_decode_few_kernel, (*constants, tile_rows, chosen.prefetch)
+        function, constants = _mla_decode_few_kernel, (*constants, tile_rows)
     grid = (plan.programs, 1, 1)
     # Cooperative where programs wait for one another: all of them must be resident.
     options = {
         "num_warps": 4,
         "maxnreg": chosen.max_registers,
-        "launch_cooperative_grid": plan.partials > 0 and chosen.cooperative,
+        "launch_cooperative_grid": plan.partials > 0,
     }
     if device.type != "cuda":
         with warps_together():

@@ -7,10 +7,11 @@ travels through shared memory, from the left to the right one and back.
 
 - Each half of a tile is read, as values, by one warpgroup only, which then refills it itself: no barrier between the
   two stands before a copy.
-- Two tiles and the queries fill shared memory, so a copy must be short: the pages of the pair after are brought into
-  L2 while a pair is computed.
 - Buffers are indexed by a number that is zero and that the compiler does not know: else it keeps every matrix
-  descriptor in registers of its own and spills.
+  descriptor in registers of its own and spills. It knows that the number is the same for a warp's threads, and
+  `hopper_compile` lets it see that the threads stay together: then descriptors live in uniform registers.
+
+docs/kernels.md has the measurements, and what was tried besides.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -31,7 +32,6 @@ from mlakit.decode.hopper_parts import (
     _await,
     _barrier,
     _merge_rows,
-    _prefetch,
     _same_for_warp,
     _tile_row,
     _zero_tail,
@@ -63,30 +63,25 @@ def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
 
 
 @gluon.jit
-def _add_scores(s, queries, keys, full, phase, zero, Q: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr):
-    """Add Q K^T over half of the columns, in PARTS parts. To prepare the descriptors of 16 products takes as long as 8
-    of them; to look at the barrier again, which has turned, keeps ptxas from preparing all before it issues one.
-    """
-    WIDTH: gl.constexpr = 256 // PARTS
-    for part in gl.static_range(PARTS):
-        mbarrier.wait(full.index(K), phase)
-        q = queries.index(zero + Q).slice(part * WIDTH, WIDTH, 1)
-        k = keys.index(zero + K).slice(part * WIDTH, WIDTH, 1)
-        s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _start_scores(
-    queries, keys, ropes, q_rope, full, phase, zero, layout: gl.constexpr, TILE: gl.constexpr, NEAR: gl.constexpr,
-    PARTS: gl.constexpr,
+def _scores(
+    queries, keys, ropes, q_rope, full, phase, zero, layout: gl.constexpr, TILE: gl.constexpr, NEAR: gl.constexpr
 ):  # fmt: skip
-    """Q K^T of a tile: first the rope part and the half that came with it. Not waited for."""
+    """Q K^T of a tile: the rope part first, whose descriptors are few, and the half of the columns that came with it,
+    then the FAR half, which the other warpgroup has asked for.
+    """
+    FAR: gl.constexpr = 1 - NEAR
     s = gl.zeros([64, 64], gl.float32, layout)
     mbarrier.wait(full.index(2 * TILE + NEAR), phase)
     s = warpgroup_mma(q_rope, ropes.index(zero + TILE).permute((1, 0)), s, use_acc=False, is_async=True)
-    s = _add_scores(s, queries, keys, full, phase, zero, NEAR, 2 * TILE + NEAR, PARTS)
-    return _add_scores(s, queries, keys, full, phase, zero, 1 - NEAR, 2 * TILE + 1 - NEAR, PARTS)
+    # Looked at again, though it has turned: else the descriptors of what follows are prepared before the rope part is
+    # issued.
+    mbarrier.wait(full.index(2 * TILE + NEAR), phase)
+    k = keys.index(zero + 2 * TILE + NEAR)
+    s = warpgroup_mma(queries.index(zero + NEAR), k.permute((1, 0)), s, is_async=True)
+    mbarrier.wait(full.index(2 * TILE + FAR), phase)
+    k = keys.index(zero + 2 * TILE + FAR)
+    s = warpgroup_mma(queries.index(zero + FAR), k.permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, [s])
 
 
 @gluon.jit
@@ -99,12 +94,11 @@ def _finite(m, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
+    W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, PREFETCH: gl.constexpr, EARLY: gl.constexpr, PARTS: gl.constexpr,
-    EAGER: gl.constexpr,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = k_desc.dtype
@@ -165,13 +159,6 @@ def _attend(
                 z = _same_for_warp(pair * zero)
                 at = pair * 128
                 more = pair + 1 < last
-                if PREFETCH > 0:
-                    # Of the programs that share a request's keys, each asks for its part.
-                    if W == 0:
-                        _prefetch(cache_ptr, next_a, key_stride, more & (tile % 2 == 0), PREFETCH == 1)
-                    else:
-                        ask = more & ((tile % 2 == 1) | (row_tiles == 1))
-                        _prefetch(cache_ptr, next_b, key_stride, ask, PREFETCH == 1)
                 then_a = _tile_row(table, 2 * pair + 4, last_tile, PAGE, 64)
                 then_b = _tile_row(table, 2 * pair + 5, last_tile, PAGE, 64)
                 k_al = keys.index(z)
@@ -192,8 +179,7 @@ def _attend(
                     fence_async_shared()
                     _barrier()
                 if W == 0:
-                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 0, 0, PARTS)
-                    s = warpgroup_mma_wait(0, [s])
+                    s = _scores(queries, keys, ropes, q_rope, full, phase, z, score, 0, 0)
                     if at + 64 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
@@ -202,26 +188,18 @@ def _attend(
                     maxima.index(0).store(m_new)
                     factors.index(0).store(factor)
                     mbarrier.arrive(told_m, count=1)
-                    if EAGER:  # read back, or the compiler computes half of the weights before it tells the maximum
-                        shift = _finite(maxima.index(0).load(of_row), CAUSAL)
-                        factor = factors.index(0).load(of_row)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     rounded = p.to(DTYPE)
-                    if EARLY:
-                        weights.index(0).store(rounded)
-                        fence_async_shared()
-                        mbarrier.arrive(told_p.index(0), count=1)
                     own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_al, o, is_async=True)
                     mbarrier.wait(told_s, phase)
                     m = maxima.index(1).load(of_row)
                     later = factors.index(1).load(of_row)
-                    if not EARLY:
-                        weights.index(0).store((p * later[:, None]).to(DTYPE))
-                        fence_async_shared()
-                        mbarrier.arrive(told_p.index(0), count=1)
+                    weights.index(0).store((p * later[:, None]).to(DTYPE))
+                    fence_async_shared()
+                    mbarrier.arrive(told_p.index(0), count=1)
                     l = l * later
                     o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
@@ -232,44 +210,8 @@ def _attend(
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
                     _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more)
-                elif EARLY:
-                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1, PARTS)
-                    mbarrier.wait(told_m, phase)
-                    m = maxima.index(0).load(of_row)
-                    earlier = factors.index(0).load(of_row)
-                    o = o * gl.convert_layout(earlier, of_out_row)[:, None]
-                    mbarrier.wait(told_p.index(0), phase)
-                    o = warpgroup_mma(weights.index(0), k_ar, o, is_async=True)
-                    s = warpgroup_mma_wait(1, [s])
-                    if at + 128 > shortest:
-                        s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
-                    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-                    shift = _finite(m_new, CAUSAL)
-                    factor = gl.exp2(m - shift)
-                    maxima.index(1).store(m_new)
-                    factors.index(1).store(factor)
-                    mbarrier.arrive(told_s, count=1)
-                    if EAGER:
-                        shift = _finite(maxima.index(1).load(of_row), CAUSAL)
-                        factor = factors.index(1).load(of_row)
-                    p = gl.exp2(s * scale_log2 - shift[:, None])
-                    rounded = p.to(DTYPE)
-                    weights.index(1).store(rounded)
-                    fence_async_shared()
-                    mbarrier.arrive(told_p.index(1), count=1)
-                    l = l * (factor * earlier) + gl.sum(p, 1)
-                    o = warpgroup_mma_wait(0, [o])
-                    _barrier()
-                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more)
-                    o = o * gl.convert_layout(factor, of_out_row)[:, None]
-                    own = gl.convert_layout(rounded, operand)
-                    o = warpgroup_mma(own, k_br, o, is_async=True)
-                    o, own = warpgroup_mma_wait(0, [o, own])
-                    _barrier()
-                    _fill_half_and_rope(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more)
                 else:
-                    s = _start_scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1, PARTS)
-                    s = warpgroup_mma_wait(0, [s])
+                    s = _scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1)
                     if at + 128 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     own_max = gl.max(s, 1) * scale_log2
@@ -282,9 +224,6 @@ def _attend(
                     maxima.index(1).store(m_new)
                     factors.index(1).store(factor)
                     mbarrier.arrive(told_s, count=1)
-                    if EAGER:
-                        shift = _finite(maxima.index(1).load(of_row), CAUSAL)
-                        factor = factors.index(1).load(of_row)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     rounded = p.to(DTYPE)
                     weights.index(1).store(rounded)
@@ -402,29 +341,13 @@ def _attend(
 
 
 @gluon.jit
-def _left(
-    args,
-    CAUSAL: gl.constexpr,
-    PAGE: gl.constexpr,
-    PREFETCH: gl.constexpr,
-    EARLY: gl.constexpr,
-    PARTS: gl.constexpr,
-    EAGER: gl.constexpr,
-):
-    _attend(0, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)
+def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr):
+    _attend(0, *args, CAUSAL, PAGE)
 
 
 @gluon.jit
-def _right(
-    args,
-    CAUSAL: gl.constexpr,
-    PAGE: gl.constexpr,
-    PREFETCH: gl.constexpr,
-    EARLY: gl.constexpr,
-    PARTS: gl.constexpr,
-    EAGER: gl.constexpr,
-):
-    _attend(1, *args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)
+def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr):
+    _attend(1, *args, CAUSAL, PAGE)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -444,11 +367,10 @@ def _right(
 )
 def _mla_decode_many_kernel(
     q_desc, k_desc, r_desc,
-    q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
-    scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
+    q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
     batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr,
-    EARLY: gl.constexpr, PARTS: gl.constexpr, EAGER: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
@@ -481,15 +403,15 @@ def _mla_decode_many_kernel(
         seq_lens_ptr, slot, slots, batch, splits, least, capacity, 128, BLOCK_B
     )
     args = (
-        q_desc, k_desc, r_desc, q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh, key_stride,
+        q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
         batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
         queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_left, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)),
-            (_right, (args, CAUSAL, PAGE, PREFETCH, EARLY, PARTS, EAGER)),
+            (_left, (args, CAUSAL, PAGE)),
+            (_right, (args, CAUSAL, PAGE)),
         ],
         [4],
         [WORKER_REGISTERS],

@@ -1,5 +1,5 @@
-"""What the Hopper decode kernels share: barriers of one warpgroup, counters between programs, prefetching into L2, and
-merging the partial results of a request's pieces.
+"""What the Hopper decode kernels share: counters between programs, looking up tiles, and merging the partial results of
+a request's pieces.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -62,48 +62,6 @@ def _same_for_warp(value):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def _prefetch(keys_ptr, row, key_stride, wanted, BULK: gl.constexpr):
-    """Ask for 64 keys from a row of the cache on, which follow one another, to be brought into L2: by one thread in
-    one piece (BULK), or by all threads, a line each.
-    """
-    ptr = keys_ptr + row.to(gl.int64) * key_stride
-    size = gl.where(wanted, 128 * key_stride, 0)  # bytes: keys are of 16 bits
-    if BULK:
-        gl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .u32 lane;
-            mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.eq.u32 p, lane, 0; setp.ne.and.u32 p, $2, 0, p;
-            @p cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [ptr, size],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        gl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .u32 at; .reg .u64 line; .reg .u64 off;
-            mov.u32 at, %tid.x; and.b32 at, at, 127; shl.b32 at, at, 7;
-            cvt.u64.u32 off, at; add.u64 line, $1, off;
-            setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line];
-            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 16384];
-            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 32768];
-            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 49152];
-            add.u32 at, at, 16384; setp.lt.u32 p, at, $2; @p prefetch.global.L2 [line + 65536];
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [ptr, size],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @gluon.jit

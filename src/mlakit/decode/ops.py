@@ -57,7 +57,7 @@ def decode_out(
 ) -> torch.Tensor:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
-    chosen = choose("mla_decode", impl, _candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
+    chosen = choose("mla_decode", impl, _candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
     if chosen == "reference":
         result, lse = mla_decode_reference(
             q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
@@ -98,7 +98,12 @@ def decode_out(
 
 
 def _candidates(
-    q: torch.Tensor, cache: torch.Tensor, softmax_scale: float, kv_lora_rank: int, num_splits: int | None
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    num_splits: int | None,
 ) -> dict[str, str | None]:
     device = str(q.device)
     triton = _environment_reason(device, os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -108,6 +113,9 @@ def _candidates(
     )
     if q.device.type == "cpu":  # there Triton can only be interpreted, which is for tests
         return {"reference": None, "triton": triton, "hopper": hopper}
+    capacity = block_table.shape[1] * cache.shape[1]
+    if hopper_config.is_faster_than_triton(batch=q.shape[0], rows=q.shape[1] * q.shape[2], capacity=capacity):
+        return {"hopper": hopper, "triton": triton, "reference": None}
     return {"triton": triton, "hopper": hopper, "reference": None}
 
 
