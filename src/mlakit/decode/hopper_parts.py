@@ -94,12 +94,9 @@ def _merge_rows(
     ROWS loads are under way at once.
     """
     # Warps side by side in a row, or each in rows of its own; four columns a thread where that fills them.
-    if WIDTH == 512:
-        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 4], [1, 1, 32], [1, 1, 4], [2, 1, 0])
-    elif ROWS >= 4:
-        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, 2], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    ROW_WARPS: gl.constexpr = 4 if (WIDTH == 256 and ROWS >= 4) else 1
+    VECTOR: gl.constexpr = 4 if (WIDTH == 512 or ROWS >= 4) else 2
+    layout: gl.constexpr = gl.BlockedLayout([PIECES, 1, VECTOR], [1, 1, 32], [1, ROW_WARPS, 4 // ROW_WARPS], [2, 1, 0])
     scores: gl.constexpr = gl.SliceLayout(2, layout)
     result: gl.constexpr = gl.SliceLayout(0, layout)
     of_row: gl.constexpr = gl.SliceLayout(0, scores)
