@@ -5,7 +5,8 @@
     python benchmarks/h200/prefill.py results.json --rows "1x8192"    # rows whose name starts so
 
 Peers are in prefill_peers.py. A time is the whole operation as a caller calls it, lse included, with a cold L2. FLOPs
-are those of the visible pairs alone: 320 multiply-adds a pair and head forward, 832 backward (5 products).
+are those of the visible pairs alone: 320 multiply-adds a pair and head forward, 832 backward (5 products). Rows called
+"parts" begin with keys in two parts, which FlashAttention-3 must have in one: its time is with the concatenation.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from common import Candidate, Job, Tensors, parse_arguments, run
 from prefill_peers import flash_attention_3, sdpa_backward, sdpa_forward
 
+from mlakit.concat import concat_k
 from mlakit.merge import merge_states, merge_states_reference
 from mlakit.prefill import mla_prefill, mla_prefill_reference
 from mlakit.prefill.config import PrefillConfig, backward_configs, forward_config
@@ -33,8 +35,10 @@ FORWARD = [
 ]
 BACKWARD = [(1, 4096, 128, True), (1, 8192, 128, True), (1, 4096, 128, False)]
 # states, tokens, heads, value dim: two chunks, eight chunks, and the splits of a decode.
+# The same with the keys as a layer has them: k and v side by side in one tensor, and one rope part for all heads.
+PARTS = [(1, 1024, 128, True), (1, 4096, 128, True), (1, 4096, 128, False), (1, 8192, 128, True), (8, 2048, 128, True)]
 MERGE = [(2, 8192, 128, 128), (8, 8192, 128, 128), (64, 64, 16, 512)]
-QK, V = 192, 128
+QK, NOPE, V = 192, 128, 128
 SCALE = QK**-0.5
 
 # block_m, block_n, warps, stages, bulk loads. Not worth a try again: computing the next block's scores while the
@@ -50,6 +54,10 @@ TUNE_BACKWARD_Q = [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4
 
 def batch_name(batch: int, tokens: int, heads: int, causal: bool) -> str:
     return f"{batch}x{tokens}x{heads}{' causal' if causal else ''}"
+
+
+def parts_name(batch: int, tokens: int, heads: int, causal: bool) -> str:
+    return "parts " + batch_name(batch, tokens, heads, causal)
 
 
 def merge_name(states: int, tokens: int, heads: int, dim: int) -> str:
@@ -106,6 +114,57 @@ def forward_job(batch: int, tokens: int, heads: int, causal: bool, tune: bool, p
         "mla_prefill", batch_name(batch, tokens, heads, causal), fields(batch, tokens, heads, causal),
         flops=2.0 * pairs * heads * (QK + V), least_bytes=2.0 * batch * tokens * heads * 2 * (QK + V), wrong=wrong,
         candidates=[*(others if peers else ()), *forward_candidates(inputs, tokens, causal, tune)], peer="fa3",
+    )  # fmt: skip
+
+
+def parts_job(batch: int, tokens: int, heads: int, causal: bool, tune: bool, peers: bool) -> Job:
+    q, k, v, bounds = make(batch, tokens, heads)
+    kv = torch.cat([k[..., :NOPE], v], dim=-1)
+    k_nope, v, k_pe = kv[..., :NOPE], kv[..., NOPE:], k[:, :1, NOPE:].contiguous()
+    out = torch.empty(v.shape, device="cuda", dtype=v.dtype)
+    del k
+
+    def expected(head: int, convert: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b, c = (convert(one_head(x, head)) for x in (q, k_nope, v))
+        return mla_prefill_reference(
+            a, b, c, bounds, bounds, softmax_scale=SCALE, causal=causal, k_pe=convert(one_head(k_pe, 0))
+        )
+
+    answers = {h: (*expected(h, torch.Tensor.double), expected(h, torch.clone)[0]) for h in some(heads)}
+
+    def wrong(result: Tensors) -> str:
+        for h, (ref, ref_lse, eager) in answers.items():
+            found = compare(result[0][:, h : h + 1], ref, eager)
+            if reason := found.reason or compare_lse(result[1][:, h : h + 1], ref_lse).reason:
+                return reason
+        return ""
+
+    def ours(impl: str) -> Candidate:
+        def call() -> Tensors:
+            return mla_prefill(
+                q, k_nope, v, bounds, bounds, softmax_scale=SCALE, causal=causal, k_pe=k_pe, max_seqlen_q=tokens,
+                out=out, impl=impl,
+            )  # fmt: skip
+
+        return impl, call
+
+    def after(name: str, join: Callable[[], torch.Tensor]) -> Iterator[Candidate]:
+        def call() -> Tensors:
+            ((_, attend),) = flash_attention_3((q, join(), v, bounds), tokens, causal, SCALE)
+            return attend()
+
+        if any(True for _ in flash_attention_3((q, q, v, bounds), tokens, causal, SCALE)):
+            yield f"{name} + fa3", call
+
+    candidates = [ours("hopper"), ours("triton")]
+    if peers:
+        candidates += after("concat_k", lambda: concat_k(k_nope, k_pe))
+        candidates += after("cat", lambda: torch.cat([k_nope, k_pe.expand(-1, heads, -1)], dim=-1))
+    pairs = batch * tokens * ((tokens + 1) / 2 if causal else tokens)
+    return Job(
+        "mla_prefill", parts_name(batch, tokens, heads, causal), fields(batch, tokens, heads, causal),
+        flops=2.0 * pairs * heads * (QK + V), wrong=wrong, candidates=candidates, peer="concat_k + fa3",
+        least_bytes=2.0 * batch * tokens * (heads * (QK + NOPE + 2 * V) + QK - NOPE),
     )  # fmt: skip
 
 
@@ -167,12 +226,17 @@ def forward_candidates(inputs: Tensors, tokens: int, causal: bool, tune: bool) -
     out = torch.empty_like(v)
     lse = torch.empty(q.shape[:2], device="cuda")
 
-    def default() -> Tensors:
-        return mla_prefill(
-            q, k, v, bounds, bounds, softmax_scale=SCALE, causal=causal, max_seqlen_q=tokens, out=out, impl="triton"
-        )
+    def named(impl: str) -> Candidate:
+        def call() -> Tensors:
+            return mla_prefill(
+                q, k, v, bounds, bounds, softmax_scale=SCALE, causal=causal, max_seqlen_q=tokens, out=out, impl=impl
+            )
 
-    yield "triton", default
+        return impl, call
+
+    if torch.cuda.get_device_capability() == (9, 0):
+        yield named("hopper")
+    yield named("triton")
 
     def configured(config: PrefillConfig, heads: int | None = None) -> Candidate:
         def call() -> Tensors:
@@ -226,6 +290,9 @@ def jobs(wanted: str, tune: bool, peers: bool) -> Iterator[Job]:
     for shape in FORWARD:
         if batch_name(*shape).startswith(wanted):
             yield forward_job(*shape, tune, peers)
+    for shape in PARTS:
+        if parts_name(*shape).startswith(wanted):
+            yield parts_job(*shape, tune, peers)
     for shape in BACKWARD:
         if f"backward {batch_name(*shape)}".startswith(wanted):
             yield backward_job(*shape, tune, peers)

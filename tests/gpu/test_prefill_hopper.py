@@ -116,6 +116,13 @@ def test_head_dims(dims, apart, q_lens, k_lens):
         check(args, out, lse, causal, SCALE)
 
 
+def test_default_is_this_kernel():
+    args = inputs([200], [200], 2, 2)
+    expected = mla_prefill(**args, softmax_scale=0.1, impl="hopper")
+    for got, want in zip(mla_prefill(**args, softmax_scale=0.1), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_k_pe_of_every_head():
     args = inputs([200, 30], [200, 90], 6, 3)
     args["k_pe"] = rows_of([290], 3, 64, dtype=torch.bfloat16, padding=0, seed=4)

@@ -18,18 +18,12 @@ class HopperConfig:
 
     Attributes:
         block_n: keys of a tile.
-        stages: key tiles, and value tiles, in shared memory at once.
-        schedule: "dynamic" draws each tile from a counter; "strided" and "snake" know theirs from the start; "grid" has
-            a thread block for each tile.
-        turns: the warpgroups issue their products one after the other, so that one's softmax meets the other's
-            products.
-        consumer_regs, producer_regs: registers of a thread.
+        stages: tiles of keys, and of values, in shared memory at once.
+        consumer_regs, producer_regs: registers of a thread; 4 warps of the one and 8 of the other fill the file.
     """
 
     block_n: int = 128
     stages: int = 2
-    schedule: str = "dynamic"
-    turns: bool = True
     consumer_regs: int = 240
     producer_regs: int = 24
 

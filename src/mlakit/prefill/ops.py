@@ -193,8 +193,7 @@ def _forward(
     from mlakit.prefill.triton_forward import _launch_forward
 
     k = _keys(k, k_pe)
-    # Without a hint the mean length is the best guess at hand.
-    rows = max_seqlen_q if max_seqlen_q >= 0 else q.shape[0] // max(cu_seqlens_q.numel() - 1, 1)
+    rows = _rows(q, cu_seqlens_q, max_seqlen_q)
     config = forward_config(q.shape[2], v.shape[2], _capability(q), rows)
     _launch_forward(
         q,
@@ -220,13 +219,16 @@ def _takes_hopper(
     max_seqlen_q: int,
     named: bool,
 ) -> bool:
-    if not named:  # until it has been measured
-        return False
-    batch = cu_seqlens_q.numel() - 1
-    reason = why_not_hopper(q, k, v, k_pe, batch) or why_not_aligned(q, k, v, k_pe)
+    reason = why_not_hopper(q, k, v, k_pe, cu_seqlens_q.numel() - 1) or why_not_aligned(q, k, v, k_pe)
     if named and reason is not None:
         raise RuntimeError(f"mla_prefill: impl='hopper' cannot run: {reason}")
-    return reason is None
+    # Its tiles have 128 rows, where the portable kernel has tiles of 64 for sequences that short.
+    return reason is None and (named or _rows(q, cu_seqlens_q, max_seqlen_q) > 64)
+
+
+def _rows(q: torch.Tensor, cu_seqlens_q: torch.Tensor, max_seqlen_q: int) -> int:
+    """A bound of a sequence's length; without a hint the mean length is the best guess at hand."""
+    return max_seqlen_q if max_seqlen_q >= 0 else q.shape[0] // max(cu_seqlens_q.numel() - 1, 1)
 
 
 def _capability(x: torch.Tensor) -> tuple[int, int]:
