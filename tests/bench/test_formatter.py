@@ -90,6 +90,12 @@ def test_csv_tells_what_was_measured(tmp_path):
     assert (bad["parameter.num_kv_splits"], bad["parameter.layout"]) == ("", "nhd")
 
 
+def test_csv_says_which_kernels_ran(tmp_path):
+    ran = GOOD.model_copy(update={"kernels": {"decode": "x 1.0, fa3", "prefill": "y 2.0"}})
+    told, not_told = saved_csv([ran, GOOD], tmp_path / "r.csv")
+    assert (told["kernels"], not_told["kernels"]) == ("decode: x 1.0, fa3; prefill: y 2.0", "")
+
+
 def test_csv_columns_are_there_once_and_begin_with_the_row(tmp_path):
     ResultsFormatter().save_csv([GOOD, BAD], tmp_path / "r.csv")
     header = next(csv.reader((tmp_path / "r.csv").open(newline="")))

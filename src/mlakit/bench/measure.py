@@ -1,5 +1,6 @@
 """One row from start to end, inside a worker: availability, workload, check, time, limit."""
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def measure_row(
     finally:
         gc.collect()
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after a CUDA error it fails too, and would hide the first one
+                torch.cuda.empty_cache()
     return BenchmarkResult(**row, seconds=time.perf_counter() - clock)
 
 
