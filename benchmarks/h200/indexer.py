@@ -45,12 +45,11 @@ PAGED = [
     for split in (256, 512, 1024, 2048)
 ]
 TOPK = [
-    TopkConfig(tile, sample, warps, programs, 4096, registers, prefetch)
-    for tile, sample, warps, programs, registers, prefetch in [
-        (2048, 2048, 1, 16, 128, True), (2048, 2048, 1, 16, 128, False), (2048, 2048, 1, 12, 168, True),
-        (1024, 2048, 1, 16, 128, True), (2048, 2048, 2, 8, 128, True), (2048, 4096, 2, 8, 128, True),
-        (2048, 4096, 4, 4, 128, True), (2048, 8192, 4, 4, 128, True), (4096, 8192, 8, 2, 128, True),
-        (2048, 8192, 8, 4, 64, True), (2048, 8192, 16, 2, 64, True), (4096, 8192, 16, 2, 64, False),
+    TopkConfig(capacity, sample, 1024, warps, programs, registers, prefetch)
+    for capacity, sample, warps, programs, registers, prefetch in [
+        (4096, 2048, 4, 4, 128, False), (4096, 2048, 4, 8, 64, False), (4096, 2048, 8, 2, 128, True),
+        (4096, 4096, 8, 2, 128, True), (4096, 8192, 8, 2, 128, False), (4096, 8192, 8, 3, 80, True),
+        (4096, 8192, 16, 1, 128, False), (8192, 4096, 16, 1, 128, True),
     ]
 ]  # fmt: skip
 
@@ -210,7 +209,7 @@ def topk_jobs(tune: bool) -> Iterator[Job]:
         for name, ordered in (("torch.topk", True), ("torch.topk unsorted", False)):
             job.candidates.append((name, partial(torch_topk, logits, ordered)))
         for config in TOPK if tune else ():
-            name = f"t{config.tile} s{config.sample} w{config.num_warps} x{config.programs}"
+            name = f"c{config.capacity} s{config.sample} w{config.num_warps} x{config.programs}"
             name += f" r{config.max_registers}" + (" ahead" if config.prefetch else "")
             job.candidates.append((name, partial(tuned_topk, logits, config)))
         yield job

@@ -196,10 +196,10 @@ def test_selection_is_exact(columns, k):
     assert _rows_that_differ(select_topk(poisoned, k, lengths), select_topk_reference(logits, k, lengths)) == []
 
 
-# As many rows as keep every program at several of them; room for so few candidates that rows are searched in place.
+# As many rows as keep every program at several of them; a sample of more than a short row has; room for so few
+# candidates that rows are searched in place.
 @pytest.mark.parametrize(
-    "config",
-    [None, TopkConfig(2048, 4096, 4, 4, 4096), TopkConfig(256, 256, 2, 8, 8192), TopkConfig(256, 256, 1, 8, 512)],
+    "config", [None, TopkConfig(2048, 4096, 1024, 4, 8, 64), TopkConfig(1024, 256, 2048, 8, 4, None, False)]
 )
 def test_selection_of_many_rows(config):
     logits = torch.randn(4001, 9000, device="cuda")

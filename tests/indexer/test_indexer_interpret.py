@@ -120,19 +120,18 @@ def _rows(columns):
     return torch.stack(rows)
 
 
-# Held in registers; longer than that, so that a sample and candidates are taken, with room enough, with so little that
-# every row is searched where it lies, or every row's candidates; rows shorter than their sample. Columns that are no
-# multiple of four, of a block, of anything. The interpreter takes half a second a row: not all of them everywhere.
+# Held in registers; longer than that, so that a sample and candidates are taken, with room enough and with so little
+# that every row is searched where it lies. Columns that are no multiple of four, of a block, of anything. The
+# interpreter takes half a second a row: not all of them everywhere.
 @pytest.mark.parametrize(
     ("columns", "k", "rows", "config"),
     [
-        (256, 40, range(14), TopkConfig(256, 64, 1, 1, 512)),
-        (77, 100, range(14), TopkConfig(128, 64, 1, 1, 512)),
-        (1201, 100, (0, 1, 3, 8, 10), TopkConfig(512, 256, 1, 1, 1024)),
-        (1200, 40, (0, 4, 9), TopkConfig(256, 128, 2, 1, 512, prefetch=False)),
-        (600, 1, (2, 4, 11), TopkConfig(256, 128, 1, 1, 512)),
-        (301, 30, (0, 3, 5, 12), TopkConfig(64, 64, 1, 1, 64)),
-        (301, 150, (0, 6), TopkConfig(64, 512, 1, 1, 512)),
+        (256, 40, range(14), TopkConfig(256, 64, 64, 1, 1)),
+        (77, 100, range(14), TopkConfig(128, 64, 64, 1, 1)),
+        (1201, 100, (0, 1, 3, 8, 10), TopkConfig(512, 256, 512, 1, 1)),
+        (1200, 40, (0, 4), TopkConfig(256, 128, 512, 2, 1, prefetch=False)),
+        (600, 1, (2, 4, 11), TopkConfig(256, 512, 512, 1, 1)),
+        (301, 30, (0, 3, 5, 12), TopkConfig(64, 64, 256, 1, 1)),
     ],
 )
 def test_selection(columns, k, rows, config):

@@ -2,15 +2,14 @@
 # (kernel arguments are pointers and numbers of the GPU, which have no Python type)
 """The k largest of each row without sorting it.
 
-A program takes a row at a time, with few warps (one, if there are rows enough): what is counted has to be summed over
-them. A sample of the row tells two thresholds: some more than k of its values lie above the lower one, some fewer above
-the upper one. One pass collects everything above the lower one, in order, with indices; from here on these candidates
-are the row. Those between the two, where the k-th largest must be, fit the registers. It is found by counting how many
-lie above two keys that cut the range of possible ones in three, again and again, until exactly as many do as are
-wanted, or one key is left: 21 rounds at most, 9 for normally distributed logits.
+A program takes a row at a time. A short row is held in registers. Of a long one a sample is, which tells a threshold
+that a little more than k of the row lie above; one pass over the row collects these candidates, and from here on they
+are the row. The k-th largest is then found by counting how many lie above two keys, until exactly k do or one key is
+left. Every other time the two keys are guesses, in between they cut the range of possible keys in three: 42 rounds at
+most, 6 to 7 for normally distributed logits.
 
-Where the sample has misled (too few candidates, or more of anything than there is room for) the search reads the
-candidates, or all of the row, from memory in each round: slower and as exact.
+If the sample has misled (fewer than k candidates, or more than there is room for) the row is searched where it lies,
+which takes longer and is as exact.
 """
 
 import torch
@@ -22,8 +21,7 @@ from mlakit.indexer.config import TopkConfig, topk_config
 from mlakit.triton_launch import Launches
 
 NOTHING = tl.constexpr(-2139095041)  # the key of -inf: everything above it may be selected
-MOST = tl.constexpr(0x7FFFFFFF)
-INFINITE = tl.constexpr(0x7F800000)  # the key of infinity
+MISSING = tl.constexpr(-8388608 << 32)  # a candidate of -inf
 GROUP = tl.constexpr(8)  # neighbours in the sample: a sector of 32 bytes
 
 
@@ -31,25 +29,13 @@ GROUP = tl.constexpr(8)  # neighbours in the sample: a sector of 32 bytes
 def _keys_of(x):
     """An int32 for each float32, in the order of the floats: -0 is 0, NaN comes last."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x != x, MOST, bits ^ ((bits >> 31) & MOST))
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
-def _value_of(key):
-    """The float32 that has a key."""
-    return (key ^ ((key >> 31) & MOST)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _fours(COUNT: tl.constexpr, hidden):
-    """0 to COUNT - 1 in rows of four neighbours, which a thread loads at once."""
-    return (tl.arange(0, COUNT // 4)[:, None] + hidden) * 4 + tl.arange(0, 4)[None, :]
-
-
-@triton.jit
-def _column(x, i: tl.constexpr):
-    """Column i of rows of four: no data moves, as a thread has all four."""
-    return tl.sum(tl.where(tl.arange(0, 4)[None, :] == i, x, 0), axis=1)
+def _candidate_keys(candidate):
+    """The keys of what `_collect` wrote: a float32 above its index."""
+    return _keys_of((candidate >> 32).to(tl.int32).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -57,6 +43,33 @@ def _cuts(low, high):
     """Two keys that cut [low, high) in three; low < first <= second < high if there is room for one."""
     third = tl.maximum((high - low).to(tl.uint32) // 3, 1).to(tl.int64)
     return low + third, tl.minimum(low + third + third, high - 1)
+
+
+@triton.jit
+def _value_of(key):
+    """The float32 that has a key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _guesses(low, high, count, above, k):
+    """Two keys around where the k-th largest should be: one guess is that the keys in [low, high) are spread evenly,
+    the other that they thin out exponentially, as the tail of a normal distribution nearly does.
+    """
+    bottom = _value_of(low)
+    width = _value_of(high - 1) - bottom
+    inside = (count - above).to(tl.float32)
+    wanted = (k - above).to(tl.float32)
+    even = 1 - wanted / inside
+    all_keys = tl.log2(count.to(tl.float32))
+    thinning = (all_keys - tl.log2(k.to(tl.float32))) / (all_keys - tl.log2(above.to(tl.float32) + 0.5))
+    margin = (0.6 * tl.sqrt(wanted * even) + 0.3) / inside
+    first = _keys_of(bottom + width * (tl.minimum(even, thinning) - margin)).to(tl.int64)
+    second = _keys_of(bottom + width * (tl.maximum(even, thinning) + margin)).to(tl.int64)
+    # Whatever the guesses are worth (they may be NaN): they must be inside.
+    first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+    return first, tl.minimum(tl.maximum(second, first), high - 1)
 
 
 @triton.jit
@@ -83,12 +96,17 @@ def _search(keys, k, tolerance):
     ties with low, and `above` of them are larger. Fewer than k keys in all are all counted.
     """
     live = keys > NOTHING
-    low = tl.min(tl.where(live, keys, MOST)).to(tl.int64)
+    low = tl.min(tl.where(live, keys, 0x7FFFFFFF)).to(tl.int64)
     high = tl.max(keys).to(tl.int64) + 1
     count = tl.sum(live.to(tl.int32))
     above = count * 0
+    guess = True
     while (high - low > 1) & (count - k > tolerance):
-        first, second = _cuts(low, high)
+        if guess:
+            first, second = _guesses(low, high, count, above, k)
+        else:
+            first, second = _cuts(low, high)
+        guess = not guess
         both = (keys >= first.to(tl.int32)).to(tl.int32) + ((keys >= second.to(tl.int32)).to(tl.int32) << 16)
         found = tl.sum(both)
         low, high, count, above = _narrow(low, high, count, above, first, second, found & 0xFFFF, found >> 16, k)
@@ -98,9 +116,9 @@ def _search(keys, k, tolerance):
 @triton.jit
 def _values(row_ptr, start, length, hidden, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """Values [BLOCK / 4, 4] of a row from `start` on, -inf past its end."""
-    offs = start + _fours(BLOCK, hidden)
+    group = start + (tl.arange(0, BLOCK // 4) + hidden) * 4
+    offs = group[:, None] + tl.arange(0, 4)[None, :]
     if WHOLE:  # sixteen bytes at a time, the last ones of a row too
-        group = start + (tl.arange(0, BLOCK // 4) + hidden) * 4
         x = tl.load(row_ptr + offs, mask=(group < length)[:, None], other=float("-inf"))
         if start + BLOCK > length:
             x = tl.where(offs < length, x, float("-inf"))
@@ -110,22 +128,21 @@ def _values(row_ptr, start, length, hidden, BLOCK: tl.constexpr, WHOLE: tl.const
 
 
 @triton.jit
-def _search_in_memory(values_ptr, length, k, hidden, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """`_search` without tolerance of a row, or of candidates, read in each round."""
+def _search_in_place(row_ptr, length, k, hidden, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """`_search` of a row that is read from memory in each round."""
     live = tl.zeros((BLOCK // 4, 4), tl.int32)
     for start in range(0, length, BLOCK):
-        keys = _keys_of(_values(values_ptr, start, length, hidden, BLOCK, WHOLE))
-        live += (keys > NOTHING).to(tl.int32)
+        live += (_keys_of(_values(row_ptr, start, length, hidden, BLOCK, WHOLE)) > NOTHING).to(tl.int32)
     count = tl.sum(live)
-    low = (hidden + (NOTHING + 1)).to(tl.int64)
-    high = hidden.to(tl.int64) + MOST + 1
-    above = count * 0
+    low = tl.full((), NOTHING + 1, tl.int64)
+    high = tl.full((), 0x7FFFFFFF, tl.int64) + 1
+    above = 0
     while (high - low > 1) & (count > k):
         first, second = _cuts(low, high)
         in_first = tl.zeros((BLOCK // 4, 4), tl.int32)
         in_second = tl.zeros((BLOCK // 4, 4), tl.int32)
         for start in range(0, length, BLOCK):
-            keys = _keys_of(_values(values_ptr, start, length, hidden, BLOCK, WHOLE))
+            keys = _keys_of(_values(row_ptr, start, length, hidden, BLOCK, WHOLE))
             in_first += (keys >= first.to(tl.int32)).to(tl.int32)
             in_second += (keys >= second.to(tl.int32)).to(tl.int32)
         low, high, count, above = _narrow(
@@ -135,34 +152,17 @@ def _search_in_memory(values_ptr, length, k, hidden, BLOCK: tl.constexpr, WHOLE:
 
 
 @triton.jit
-def _sampled_thresholds(row_ptr, length, k, hidden, SAMPLE: tl.constexpr):
-    """Two keys: judging by a sample, a little more than k of a row's are not below the first, a little fewer not below
-    the second.
-    """
+def _sampled_threshold(row_ptr, length, k, hidden, SAMPLE: tl.constexpr):
+    """A key that, judging by a sample, a little more than k of a row's keys are not below."""
     offs = tl.arange(0, SAMPLE) + hidden
-    apart = length // (SAMPLE // GROUP)
-    # Of a row shorter than its sample the last value stands for those behind it.
-    offs = tl.minimum((offs // GROUP) * apart + offs % GROUP, length - 1)
-    keys = _keys_of(tl.load(row_ptr + offs))
-    # Three standard deviations of the number of the k largest that are in the sample.
+    apart = (length - GROUP) // (SAMPLE // GROUP - 1)  # of a row shorter than its sample, groups overlap
+    keys = _keys_of(tl.load(row_ptr + (offs // GROUP) * apart + offs % GROUP))
+    # Three and a half standard deviations of the number of the k largest that are in the sample.
     share = k.to(tl.float32) / length
     expected = share * SAMPLE
-    margin = 3 * tl.sqrt(expected * (1 - tl.minimum(share, 1.0))) + 3
-    lower = hidden
-    upper = hidden + INFINITE
-    for side in range(2):
-        wanted = (expected + margin).to(tl.int32)
-        slack = wanted // 16
-        if side == 1:
-            wanted = tl.maximum((expected - margin).to(tl.int32) - slack, 0)
-        low, count, _ = _search(keys, wanted, slack)
-        key = tl.minimum(low, INFINITE).to(tl.int32)
-        if side == 0:
-            lower = tl.where(count < wanted, NOTHING + 1, key)  # few keys at all: let all of them through
-        else:
-            if wanted > 0:
-                upper = key
-    return lower, upper
+    wanted = (expected + 3.5 * tl.sqrt(expected * (1 - tl.minimum(share, 1.0))) + 3).to(tl.int32)
+    low, count, _ = _search(keys, wanted, wanted // 16)
+    return tl.where(count < wanted, NOTHING + 1, low).to(tl.int32)  # few keys at all: let all of them through
 
 
 @triton.jit
@@ -171,6 +171,27 @@ def _four(row_ptr, offs, length, TAIL: tl.constexpr):
         return tl.load(row_ptr + offs, mask=offs < length, other=float("-inf"))
     else:  # noqa: RET505 - Triton compiles both branches if there is no else
         return tl.load(row_ptr + offs)
+
+
+@triton.jit
+def _hits(x, threshold):
+    """How many of each row's four are not below the threshold."""
+    return tl.sum(tl.where(x < threshold, 0, 1), axis=1)
+
+
+@triton.jit
+def _store_four(scratch_ptr, x, first, threshold, position):
+    """Write those of each row's four that are not below the threshold, one column at a time; where the next go."""
+    column = tl.arange(0, 4)[None, :]
+    hit = tl.where(x < threshold, 0, 1)
+    bits = x.to(tl.int32, bitcast=True)
+    for i in tl.static_range(4):
+        mine = tl.sum(tl.where(column == i, hit, 0), axis=1)
+        high = tl.sum(tl.where(column == i, bits, 0), axis=1)
+        candidate = (high.to(tl.int64) << 32) | (first + i).to(tl.uint32).to(tl.int64)
+        tl.store(scratch_ptr + position.to(tl.uint32).to(tl.int64), candidate, mask=mine > 0)
+        position += mine
+    return position
 
 
 @triton.jit
@@ -185,27 +206,7 @@ def _sixteen(row_ptr, start, length, TAIL: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _hits(x, threshold):
-    """How many of each row's four are not below the threshold."""
-    return tl.sum(tl.where(x < threshold, 0, 1), axis=1)
-
-
-@triton.jit
-def _store_four(values_ptr, index_ptr, x, first, threshold, position):
-    """Write those of each row's four that are not below the threshold, one column at a time; where the next go."""
-    hit = tl.where(x < threshold, 0, 1)
-    bits = x.to(tl.int32, bitcast=True)
-    for i in tl.static_range(4):
-        mine = _column(hit, i)
-        at = position.to(tl.uint32).to(tl.int64)
-        tl.store(values_ptr + at, _column(bits, i).to(tl.float32, bitcast=True), mask=mine > 0)
-        tl.store(index_ptr + at, first + i, mask=mine > 0)
-        position += mine
-    return position
-
-
-@triton.jit
-def _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS: tl.constexpr):
+def _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS: tl.constexpr):
     """Write what is not below the threshold, each value with its index, in order, after `total` others.
 
     A thread has sixteen neighbours, and only their counts are summed over threads: that sum is the dear part. Values
@@ -214,15 +215,15 @@ def _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, T
     run = start + tl.arange(0, THREADS) * 16
     hits = _hits(a, threshold) + _hits(b, threshold) + _hits(c, threshold) + _hits(d, threshold)
     position = total + tl.cumsum(hits, axis=0) - hits
-    position = _store_four(values_ptr, index_ptr, a, run, threshold, position)
-    position = _store_four(values_ptr, index_ptr, b, run + 4, threshold, position)
-    position = _store_four(values_ptr, index_ptr, c, run + 8, threshold, position)
-    _store_four(values_ptr, index_ptr, d, run + 12, threshold, position)
+    position = _store_four(scratch_ptr, a, run, threshold, position)
+    position = _store_four(scratch_ptr, b, run + 4, threshold, position)
+    position = _store_four(scratch_ptr, c, run + 8, threshold, position)
+    _store_four(scratch_ptr, d, run + 12, threshold, position)
     return total + tl.sum(hits)
 
 
 @triton.jit
-def _collect(row_ptr, values_ptr, index_ptr, hidden, length, key, CAPACITY: tl.constexpr, THREADS: tl.constexpr,
+def _collect(row_ptr, scratch_ptr, hidden, length, key, CAPACITY: tl.constexpr, THREADS: tl.constexpr,
              PREFETCH: tl.constexpr):  # fmt: skip
     """`_collect_block` over a row, until it ends or more than CAPACITY values were found; how many were found."""
     STEP: tl.constexpr = 16 * THREADS
@@ -234,88 +235,56 @@ def _collect(row_ptr, values_ptr, index_ptr, hidden, length, key, CAPACITY: tl.c
             a, b, c, d = _sixteen(row_ptr, start, length, False, THREADS)
             while (start + 2 * STEP <= length) & (total <= CAPACITY):
                 e, f, g, h = _sixteen(row_ptr, start + STEP, length, False, THREADS)
-                total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
+                total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
                 a = e
                 b = f
                 c = g
                 d = h
                 start += STEP
             if total <= CAPACITY:  # there is room for one block more, not for two
-                total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
+                total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
             start += STEP
     else:
         while (start + STEP <= length) & (total <= CAPACITY):
             a, b, c, d = _sixteen(row_ptr, start, length, False, THREADS)
-            total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
+            total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
             start += STEP
     if (start < length) & (total <= CAPACITY):
         a, b, c, d = _sixteen(row_ptr, start, length, True, THREADS)
-        total = _collect_block(values_ptr, index_ptr, a, b, c, d, start, threshold, total, THREADS)
+        total = _collect_block(scratch_ptr, a, b, c, d, start, threshold, total, THREADS)
     return total
 
 
 @triton.jit
-def _undecided(values_ptr, tile_ptr, found, upper, hidden, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the candidates that are below `upper`, without indices; how many there are (only TILE are written)."""
-    total = hidden
-    for start in range(0, found, BLOCK):
-        x = _values(values_ptr, start, found, hidden, BLOCK, True)
-        below = ((x < upper) & (x > float("-inf"))).to(tl.int32)
-        bits = x.to(tl.int32, bitcast=True)
-        sums = tl.sum(below, axis=1)
-        position = total + tl.cumsum(sums, axis=0) - sums
-        for i in tl.static_range(4):
-            mine = _column(below, i)
-            value = _column(bits, i).to(tl.float32, bitcast=True)
-            tl.store(tile_ptr + position, value, mask=(mine > 0) & (position < TILE))
-            position += mine
-        total += tl.sum(sums)
-    return total
-
-
-@triton.jit
-def _emit_above(values_ptr, index_ptr, found, limit, out_ptr, hidden, BLOCK: tl.constexpr):
-    """Write the indices of candidates above `limit`, a number, in order."""
-    total = hidden
-    for start in range(0, found, BLOCK):
-        x = _values(values_ptr, start, found, hidden, BLOCK, True)
-        index = tl.load(index_ptr + start + _fours(BLOCK, hidden))  # also past the end, where nobody looks
-        chosen = tl.where(x <= limit, 0, 1)  # NaN is chosen
-        sums = tl.sum(chosen, axis=1)
-        position = total + tl.cumsum(sums, axis=0) - sums
-        for i in tl.static_range(4):
-            mine = _column(chosen, i)
-            tl.store(out_ptr + position, _column(index, i), mask=mine > 0)
-            position += mine
-        total += tl.sum(sums)
-
-
-@triton.jit
-def _emit(values_ptr, index_ptr, indexed, length, limit, ties, out_ptr, hidden, BLOCK: tl.constexpr,
-          WHOLE: tl.constexpr):  # fmt: skip
-    """Write the indices of keys above `limit`, and of the first `ties` that equal it, in order. Values have their
-    places for indices unless others are given.
+def _emit(keys, start, scratch_ptr, collected, out_ptr, limit, ties, taken, tied, COUNT: tl.constexpr):
+    """Write the indices of keys [COUNT / 4, 4] above `limit`, and of the first `ties` that equal it, in order, after
+    `taken` and `tied` that were written before. The index is the place from `start` on, or what the candidate there
+    says.
     """
-    taken = hidden
-    tied = hidden
-    for start in range(0, length, BLOCK):
-        keys = _keys_of(_values(values_ptr, start, length, hidden, BLOCK, WHOLE))
-        index = start + _fours(BLOCK, hidden)
-        if indexed:
-            index = tl.load(index_ptr + index)
-        both = (keys > limit).to(tl.int32) + ((keys == limit).to(tl.int32) << 16)
-        sums = tl.sum(both, axis=1)
-        rank = tl.cumsum(sums, axis=0) - sums
-        for i in tl.static_range(4):
-            mine = _column(both, i)
-            rank_tied = tied + (rank >> 16)  # before this one
-            chosen = (mine == 1) | ((mine > 1) & (rank_tied < ties))
-            position = taken + (rank & 0xFFFF) + tl.minimum(rank_tied, ties)
-            tl.store(out_ptr + position, _column(index, i), mask=chosen)
-            rank += mine
-        total = tl.sum(sums)
-        taken += total & 0xFFFF
-        tied += total >> 16
+    column = tl.arange(0, 4)[None, :]
+    place = start + tl.arange(0, COUNT // 4) * 4
+    both = (keys > limit).to(tl.int32) + ((keys == limit).to(tl.int32) << 16)
+    sums = tl.sum(both, axis=1)
+    rank = tl.cumsum(sums, axis=0) - sums
+    for i in tl.static_range(4):
+        mine = tl.sum(tl.where(column == i, both, 0), axis=1)
+        rank_tied = tied + (rank >> 16)  # before this one
+        chosen = (mine == 1) | ((mine > 1) & (rank_tied < ties))
+        position = taken + (rank & 0xFFFF) + tl.minimum(rank_tied, ties)
+        index = place + i
+        if collected:
+            index = tl.load(scratch_ptr + index, mask=chosen, other=0).to(tl.int32)
+        tl.store(out_ptr + position, index, mask=chosen)
+        rank += mine
+    total = tl.sum(sums)
+    return taken + (total & 0xFFFF), tied + (total >> 16)
+
+
+@triton.jit
+def _limit(low, count, above, k):
+    """What `_emit` writes: the keys above a limit, and so many that equal it."""
+    exact = count <= k  # else low itself is the k-th largest, and has equals that must stay behind
+    return tl.where(exact, low - 1, low).to(tl.int32), tl.where(exact, 0, k - above)
 
 
 @triton.jit
@@ -331,17 +300,12 @@ def _select_topk_kernel(
     LENGTHS: tl.constexpr,  # whether lengths_ptr is given
     WHOLE: tl.constexpr,  # rows are multiples of four values
     CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    COLD: tl.constexpr = 4 * THREADS  # what is seldom run is kept short, for the instruction cache
-    ROOM: tl.constexpr = CAPACITY + 16 * THREADS
-    values_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * ROOM + TILE)
-    index_ptr = (values_ptr + ROOM).to(tl.pointer_type(tl.int32), bitcast=True)
-    tile_ptr = values_ptr + 2 * ROOM
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (CAPACITY + 16 * THREADS)
     zero = tl.program_id(0) * 0  # makes tensors of what Triton takes for constants, as it does any 1
     k += zero
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -353,41 +317,33 @@ def _select_topk_kernel(
         length = columns + zero
         if LENGTHS:
             length = tl.maximum(tl.minimum(tl.load(lengths_ptr + row), columns), 0).to(tl.int32)
-        source = row_ptr
         left = length
-        upper = hidden + INFINITE
-        in_tile = length
-        collected = length > TILE
+        collected = length > CAPACITY
         if collected:
-            lower, upper = _sampled_thresholds(row_ptr, length, k, hidden, SAMPLE)
-            found = _collect(row_ptr, values_ptr, index_ptr, hidden, length, lower, CAPACITY, THREADS, PREFETCH)
+            threshold = _sampled_threshold(row_ptr, length, k, hidden, SAMPLE)
+            found = _collect(row_ptr, scratch_ptr, hidden, length, threshold, CAPACITY, THREADS, PREFETCH)
             tl.debug_barrier()  # candidates are read by other threads than wrote them
             # A threshold that lets everything through is as good if few enough are left.
-            collected = (found <= CAPACITY) & ((found >= k) | (lower <= NOTHING + 1))
+            collected = (found <= CAPACITY) & ((found >= k) | (threshold <= NOTHING + 1))
             if collected:
-                source = values_ptr
                 left = found
-                in_tile = _undecided(values_ptr, tile_ptr, found, _value_of(upper), hidden, TILE, BLOCK)
-                tl.debug_barrier()
-        above_tile = left - in_tile
-        if (in_tile <= TILE) & (above_tile < k):
-            tile = source
+        if left <= CAPACITY:
             if collected:
-                tile = tile_ptr
-            keys = _keys_of(_values(tile, 0, in_tile, hidden, TILE, WHOLE))
-            low, count, above = _search(keys, k - above_tile, 0)
-            low = tl.where(in_tile > 0, low, upper.to(tl.int64))
-            count += above_tile
-            above += above_tile
+                offs = hidden + tl.arange(0, CAPACITY // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+                keys = _candidate_keys(tl.load(scratch_ptr + offs, mask=offs < left, other=MISSING))
+            else:
+                keys = _keys_of(_values(row_ptr, 0, left, hidden, CAPACITY, WHOLE))
+            low, count, above = _search(keys, k, 0)
+            limit, ties = _limit(low, count, above, k)
+            _emit(keys, hidden, scratch_ptr, collected, row_out, limit, ties, 0, 0, CAPACITY)
         else:
-            low, count, above = _search_in_memory(source, left, k, hidden, COLD, WHOLE)
-        exact = count <= k  # else low itself is the k-th largest, and has equals that must stay behind
-        limit = tl.where(exact, low - 1, low).to(tl.int32)
-        if collected & exact & (limit < INFINITE):
-            _emit_above(values_ptr, index_ptr, left, _value_of(limit), row_out, hidden, BLOCK)
-        else:
-            ties = tl.where(exact, 0, k - above)
-            _emit(source, index_ptr, collected, left, limit, ties, row_out, hidden, COLD, WHOLE)
+            low, count, above = _search_in_place(row_ptr, length, k, hidden, BLOCK, WHOLE)
+            limit, ties = _limit(low, count, above, k)
+            taken = count * 0
+            tied = count * 0
+            for start in range(0, left, BLOCK):
+                keys = _keys_of(_values(row_ptr, start, left, hidden, BLOCK, WHOLE))
+                taken, tied = _emit(keys, start, scratch_ptr, False, row_out, limit, ties, taken, tied, BLOCK)
         selected = tl.minimum(count, k)
         for start in range(selected // BLOCK * BLOCK, k, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -413,11 +369,9 @@ def launch_select_topk(
     if config is None:
         config = topk_config(columns, k, rows, info.units)
     programs = min(rows, info.units * config.programs)
-    threads = 32 * config.num_warps
-    # A block more than the capacity: only then is it known to be too many.
-    words = (2 * (config.capacity + 16 * threads) + config.tile) * programs
+    words = (config.capacity + 512 * config.num_warps) * programs  # a block more: only then is it known to be too many
     # Memory of the caching allocator, so that a CUDA graph keeps its own.
-    scratch = logits.new_empty(words if columns > config.tile else 1)
+    scratch = logits.new_empty(words if columns > config.capacity else 1, dtype=torch.int64)
     key = (logits.shape, logits.stride(), k, None if lengths is None else lengths.dtype, config)
     tensors = (logits, out if lengths is None else lengths, out, scratch)
     if logits.is_cuda and _TOPK.again(key, logits.device, tensors):
@@ -432,10 +386,9 @@ def launch_select_topk(
             "LENGTHS": lengths is not None,
             "WHOLE": columns % 4 == 0,
             "CAPACITY": config.capacity,
-            "TILE": config.tile,
             "SAMPLE": config.sample,
-            "BLOCK": min(16 * threads, 2048),
-            "THREADS": threads,
+            "BLOCK": config.block,
+            "THREADS": 32 * config.num_warps,
             "PREFETCH": config.prefetch,
         },
         num_warps=config.num_warps,
