@@ -67,7 +67,8 @@ class MlakitTriton(_OwnKernels):
                 shape = (part.size, part.q_len, dims.num_heads)
                 query = q[part.rows].view(*shape, dims.latent_dim)
                 if problem.kernel is None:
-                    problem.kernel = _decode_kernel(problem, query, cache, num_splits, self.impl)
+                    table = batch.block_table[part.requests]
+                    problem.kernel = _decode_kernel(problem, query, cache, table, num_splits, self.impl)
                 _, lse = mla_decode(
                     query,
                     cache,
@@ -140,11 +141,13 @@ def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
 
 
 # The operators choose within themselves, so that is where these two look: into what is private to them.
-def _decode_kernel(problem: MLAProblem, q: Any, cache: Any, num_splits: int | None, impl: str | None) -> str:
+def _decode_kernel(
+    problem: MLAProblem, q: Any, cache: Any, table: Any, num_splits: int | None, impl: str | None
+) -> str:
     from mlakit.decode.ops import _candidates
     from mlakit.dispatch import choose
 
-    candidates = _candidates(q, cache, problem.softmax_scale, problem.dims.kv_lora_rank, num_splits)
+    candidates = _candidates(q, cache, table, problem.softmax_scale, problem.dims.kv_lora_rank, num_splits)
     return f"mla_decode, {choose('mla_decode', impl, candidates)}"
 
 
