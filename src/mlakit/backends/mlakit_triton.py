@@ -62,13 +62,13 @@ class MlakitTriton(_OwnKernels):
         batch, dims = problem.batch, problem.dims
 
         def run(q: Any, cache: Any, out: Any) -> Output:
-            lses = []
+            lses, chosen = [], []
             for part in batch.runs:
                 shape = (part.size, part.q_len, dims.num_heads)
                 query = q[part.rows].view(*shape, dims.latent_dim)
                 if problem.kernel is None:
                     table = batch.block_table[part.requests]
-                    problem.kernel = _decode_kernel(problem, query, cache, table, num_splits, self.impl)
+                    chosen.append(_decode_impl(problem, query, cache, table, num_splits, self.impl))
                 _, lse = mla_decode(
                     query,
                     cache,
@@ -82,6 +82,8 @@ class MlakitTriton(_OwnKernels):
                     impl=self.impl,
                 )
                 lses.append(lse.view(-1, dims.num_heads))
+            if problem.kernel is None:
+                problem.kernel = f"mla_decode, {' + '.join(dict.fromkeys(chosen))}"
             return out, lses[0] if len(lses) == 1 else _concatenate(lses)
 
         return run
@@ -141,14 +143,12 @@ def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
 
 
 # The operators choose within themselves, so that is where these two look: into what is private to them.
-def _decode_kernel(
-    problem: MLAProblem, q: Any, cache: Any, table: Any, num_splits: int | None, impl: str | None
-) -> str:
+def _decode_impl(problem: MLAProblem, q: Any, cache: Any, table: Any, num_splits: int | None, impl: str | None) -> str:
     from mlakit.decode.ops import _candidates
     from mlakit.dispatch import choose
 
     candidates = _candidates(q, cache, table, problem.softmax_scale, problem.dims.kv_lora_rank, num_splits)
-    return f"mla_decode, {choose('mla_decode', impl, candidates)}"
+    return choose("mla_decode", impl, candidates)
 
 
 def _prefill_kernel(problem: Problem, q: Any, k: Any, v: Any, out: Any, impl: str | None) -> str:
