@@ -52,7 +52,8 @@ def test_many_heads(q_len: int, heads: int, dtype: torch.dtype, page_size: int) 
     assert kernel.shared_bytes <= SHARED_LIMIT
     assert kernel.sass.count("HGMMA") == 88
     assert kernel.sass.count("WARPGROUP.ARRIVE") <= 10  # more of them would mean products that wait for one another
-    assert kernel.spills <= 32  # numbers of a piece, kept in memory while its keys are computed
+    # With a causal mask, numbers of a piece are kept in memory while its keys are computed.
+    assert kernel.spills <= (0 if q_len == 1 else 32)
     for body in loops(kernel.sass)[:2]:
         assert sum("HGMMA" in text for text in body) == 44
         assert not any("STL" in text or "LDL" in text for text in body)
@@ -68,4 +69,4 @@ def test_few_heads(q_len: int, heads: int) -> None:
     assert kernel.sass.count("HGMMA") == 68
     body = loops(kernel.sass)[0]
     assert not any("STL" in text or "LDL" in text for text in body)
-    assert kernel.spills <= (0 if q_len == 1 else 16)  # numbers of a piece, as above
+    assert kernel.spills <= (0 if q_len == 1 else 16)  # as above

@@ -23,6 +23,7 @@ from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
     _barrier,
+    _leave,
     _merge_chunks,
     _merge_rows,
     _same_for_warp,
@@ -173,7 +174,7 @@ def _mla_decode_few_kernel(
                 gl.store(part, o_left)
                 gl.store(part + 256, o_right)
                 gl.store(partial_lse_ptr + place * BLOCK_R + row, lse)
-                _arrive(counter_ptr + request, number == 0, count)
+                _arrive(counter_ptr + request)
             else:
                 at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
                 result = out_ptr + request.to(gl.int64) * stride_ob + at_row[None, :] + col[:, None]
@@ -206,7 +207,8 @@ def _mla_decode_few_kernel(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
         )
         if (first < last) & (count > 1):
-            _await(counter_ptr + request)
+            counter = counter_ptr + request
+            _await(counter, count)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
             too_long = length > capacity
@@ -243,4 +245,5 @@ def _mla_decode_few_kernel(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
                     stride_os, stride_oh, too_long, 64, 128, BLOCK_R,
                 )  # fmt: skip
+            _leave(counter, count)
         before += steps

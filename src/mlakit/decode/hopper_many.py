@@ -31,6 +31,7 @@ from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
     _barrier,
+    _leave,
     _merge_rows,
     _same_for_warp,
     _tile_row,
@@ -245,10 +246,6 @@ def _attend(
                 next_a = then_a
                 next_b = then_b
 
-            # Found again, so that it takes no registers in the loop.
-            request, length, steps, first, last, number, count, base = _piece(
-                item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
-            )
             sums.index(W).store(l)
             mbarrier.arrive(told_l.index(W), count=1)
             mbarrier.wait(told_l.index(1 - W), done & 1)
@@ -267,7 +264,7 @@ def _attend(
                 gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o)
                 if W == 0:
                     gl.store(partial_lse_ptr + place * 64 + local, gl.where(l == 0.0, -float("inf"), m + gl.log2(l)))
-                _arrive(counter_ptr + request * row_tiles + own_tile, (number == 0) & (W == 0), 2 * count)
+                _arrive(counter_ptr + request * row_tiles + own_tile)
             else:
                 row = own_tile * 64 + out_row
                 at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
@@ -306,7 +303,8 @@ def _attend(
         )
         if (first < last) & (count > 1):
             own_tile = tile + (length < 0).to(gl.int32)
-            _await(counter_ptr + request * row_tiles + own_tile)
+            counter = counter_ptr + request * row_tiles + own_tile
+            _await(counter, 2 * count)
             row_begin = number * 64 // count
             row_end = (number + 1) * 64 // count
             result = out_ptr + request.to(gl.int64) * stride_ob
@@ -337,6 +335,7 @@ def _attend(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
                     row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1, 64,
                 )  # fmt: skip
+            _leave(counter, 2 * count)
         before += steps
 
 

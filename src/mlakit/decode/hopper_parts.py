@@ -15,37 +15,15 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
-def _arrive(counter_ptr, first, arrivals):
-    """Tell other programs that what this warpgroup has written so far can be read. A counter is a multiple of 65536
-    between launches and once all of its `arrivals` are there: the `first` of them adds what the others leave to the
-    next multiple, so that nobody has to set it back.
-    """
+def _arrive(counter_ptr):
+    """Tell other programs that what this warpgroup has written so far can be read."""
     _barrier()
     gl.inline_asm_elementwise(
         """{
         .reg .pred one; .reg .u32 lane;
         mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.eq.u32 one, lane, 0;
-        @one red.release.gpu.global.add.u32 [$1], $2;
+        @one red.release.gpu.global.add.u32 [$1], 1;
         mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [counter_ptr, gl.where(first, 65537 - arrivals, 1)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _await(counter_ptr):
-    """Wait until all have arrived; to be called after one's own `_arrive`."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred more; .reg .u32 seen;
-        AGAIN: ld.acquire.gpu.global.u32 seen, [$1];
-        and.b32 seen, seen, 65535; setp.ne.u32 more, seen, 0;
-        @more bra AGAIN;
-        mov.u32 $0, seen;
         }""",
         "=r,l",
         [counter_ptr],
@@ -53,7 +31,51 @@ def _await(counter_ptr):
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _await(counter_ptr, arrivals):
+    """Wait until so many warpgroups have arrived. The low half of a counter counts arrivals, the high half those who
+    have gone on.
+    """
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred more; .reg .u32 seen;
+        AGAIN: ld.acquire.gpu.global.u32 seen, [$1];
+        and.b32 seen, seen, 65535; setp.lt.u32 more, seen, $2;
+        @more bra AGAIN;
+        mov.u32 $0, seen;
+        }""",
+        "=r,l,r",
+        [counter_ptr, arrivals],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
     _barrier()
+
+
+@gluon.jit
+def _leave(counter_ptr, arrivals):
+    """Done with what others wrote; the last one to leave sets the counter back to zero for the next launch."""
+    _barrier()
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred one; .reg .pred last; .reg .u32 lane; .reg .u32 seen;
+        mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.eq.u32 one, lane, 0;
+        mov.u32 seen, 0;
+        @one atom.acq_rel.gpu.global.add.u32 seen, [$1], 65536;
+        shr.u32 seen, seen, 16; add.u32 seen, seen, 1;
+        setp.eq.and.u32 last, seen, $2, one;
+        @last st.relaxed.gpu.global.u32 [$1], 0;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [counter_ptr, arrivals],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
