@@ -65,6 +65,14 @@ def test_choices():
     assert [CHOICE.parse(value) for value in ("nhd", "hnd")] == ["nhd", "hnd"]
 
 
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [(BOUNDED, "1..64"), (UNBOUNDED, ".."), (CHOICE, "nhd|hnd"), (REORDER_BATCH_THRESHOLD, "0..")],
+)
+def test_what_a_parameter_may_be(parameter, values):
+    assert parameter.values == values
+
+
 @pytest.mark.parametrize("parameter", [BOUNDED, UNBOUNDED, CHOICE, REORDER_BATCH_THRESHOLD])
 def test_auto_is_always_accepted(parameter):
     assert parameter.parse("auto") == "auto"

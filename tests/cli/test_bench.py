@@ -256,6 +256,7 @@ def test_other_commands(mlakit):
     assert listed.returncode == 0
     assert "torch_absorb" in listed.stdout
     assert "no: mlakit has no adapter" in listed.stdout
+    assert "metadata batch|call" in listed.stdout
     configs = mlakit("configs")
     for name in (
         "quickstart",

@@ -54,6 +54,14 @@ class Parameter:
     maximum: int | None = None
     choices: tuple[str, ...] = ()
 
+    @property
+    def values(self) -> str:
+        """What it may be, in short: "1..64", "0.." or "fa2|fa3"."""
+        if self.type is str:
+            return "|".join(self.choices)
+        low, high = ("" if bound is None else str(bound) for bound in (self.minimum, self.maximum))
+        return f"{low}..{high}"
+
     def parse(self, value: object) -> int | str:
         """The value in this parameter's type.
 

@@ -56,8 +56,8 @@ def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], list
 
 
 def list_backends(device: str) -> tuple[str, list[dict[str, Any]]]:
-    """The device's name, and for each backend that can be loaded: name, kind, hardware, parameters, and version or
-    reason.
+    """The device's name, and for each backend that can be loaded: name, kind, hardware, parameters with what they may
+    be, and version or reason.
 
     Raises:
         ValueError: there is no such device.

@@ -103,7 +103,7 @@ def _backends(request: dict[str, Any], events: TextIO) -> dict[str, Any]:
                 "hardware": backend.hardware,
                 "version": found.version if isinstance(found, Available) else None,
                 "reason": None if isinstance(found, Available) else found.reason,
-                "parameters": {p.name: p.help for p in backend.parameters.values()},
+                "parameters": {p.name: p.values for p in backend.parameters.values()},
             }
         )
     return {"device": f"{info.name} ({device})", "rows": rows}

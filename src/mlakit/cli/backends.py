@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(title, overflow="fold", no_wrap=title == "name")
     for row in rows:
         found = Text(row["version"], style="green") if row["version"] else Text(f"no: {row['reason']}", style="yellow")
-        table.add_row(row["name"], row["kind"], row["hardware"], found, ", ".join(row.get("parameters", {})))
+        parameters = ", ".join(f"{name} {values}" for name, values in row.get("parameters", {}).items())
+        table.add_row(row["name"], row["kind"], row["hardware"], found, parameters)
     for name, kinds in registry.WITHOUT_ADAPTER.items():
         table.add_row(
             name,
