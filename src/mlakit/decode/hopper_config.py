@@ -7,6 +7,10 @@ import torch
 RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
 
 
+# Each warp sums the lengths by itself, 32 of them a thread.
+_MOST_REQUESTS = 1024
+
+
 @dataclass(frozen=True)
 class HopperConfig:
     """How a decode kernel is launched."""
@@ -83,8 +87,8 @@ def refusal(
         return f"needs keys aligned to 16 bytes, got cache strides {list(cache.stride())} from {cache.data_ptr():#x}"
     if pages * page_size >= 2**31:
         return f"needs fewer than 2**31 slots in the cache, got {pages * page_size}"
-    if q.shape[0] > 4096:
-        return f"needs at most 4096 requests, got {q.shape[0]}"
+    if q.shape[0] > _MOST_REQUESTS:
+        return f"needs at most {_MOST_REQUESTS} requests, got {q.shape[0]}"
     rows = q.shape[1] * q.shape[2]
     if num_splits is not None and q.shape[0] * num_splits * (rows + 64) * RANK >= 2**31:
         return (

@@ -112,7 +112,7 @@ def _launch_hopper_decode(
     else:
         kernel, chosen, plan, rest = known
     tile_rows = chosen.tile_rows
-    partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
+    partial, partial_lse, counters = lse, lse, seq_lens  # never touched if nothing is split
     if plan.partials:
         partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=torch.float32, device=device)
         partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)

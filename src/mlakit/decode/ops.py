@@ -6,7 +6,9 @@ business of a graph's.
 
 import importlib.util
 import os
+import re
 from functools import lru_cache
+from importlib.metadata import version
 
 import torch
 
@@ -128,6 +130,9 @@ def _hopper_reason(device: str) -> str | None:
         return "the tensors are on the CPU, and Gluon has no interpreter"
     if (found := capability(device)) != (9, 0):
         return f"needs an NVIDIA GPU of compute capability 9.0, found {found}"
+    found_triton = version("triton")
+    if tuple(int(number) for number in re.findall(r"\d+", found_triton)[:2]) < (3, 6):
+        return f"needs Triton 3.6 or later for Gluon, found {found_triton}"
     return None
 
 
