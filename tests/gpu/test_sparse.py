@@ -43,10 +43,10 @@ def poison_unnamed_(rows: torch.Tensor, indices: torch.Tensor) -> None:
 
 def make_prefill(
     s_q: int, s_kv: int, topk: int, heads: int, *, kv_heads: int = 1, rope: int = 64, rank: int = 512,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16, invalid: float = 0.2,
 ) -> Tensors:  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(s_kv + topk + heads)
-    indices = random_indices((s_q, kv_heads, topk), s_kv, generator)
+    indices = random_indices((s_q, kv_heads, topk), s_kv, generator, invalid)
     kv = torch.randn((s_kv, kv_heads, rank + rope), generator=generator, device="cuda").to(dtype)
     for head in range(kv_heads):
         poison_unnamed_(kv[:, head], indices[:, head])
@@ -73,11 +73,11 @@ def check_prefill(inputs: Tensors, found: Tensors, **options: Any) -> None:
 
 def make_decode(
     batch: int, q_len: int, topk: int, heads: int, *, fp8: bool, pages: int = 100, page_size: int = 64,
-    rank: int = 512, rope: int = 64, dtype: torch.dtype = torch.bfloat16,
+    rank: int = 512, rope: int = 64, dtype: torch.dtype = torch.bfloat16, invalid: float = 0.2,
 ) -> Tensors:  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(batch + topk + heads)
     slots = pages * page_size
-    indices = random_indices((batch, q_len, topk), slots, generator)
+    indices = random_indices((batch, q_len, topk), slots, generator, invalid)
     keys = torch.randn((slots, rank + rope), generator=generator, device="cuda")
     rows = pack_fp8(keys[:, :rank], keys[:, rank:]) if fp8 else keys.to(dtype)
     poison_unnamed_(rows, indices)
@@ -154,15 +154,41 @@ def test_prefill_without_keys_or_indices_or_tokens() -> None:
 
 
 # Large enough that copies are in flight while others are multiplied, on every multiprocessor: what a race would spoil.
+# All indices valid (steps without masks, and at topk 1000 a last one with), and some not.
 @pytest.mark.parametrize("rope", [0, 64])
-def test_many_tokens(rope: int) -> None:
-    q, kv, indices = make_prefill(600, 20000, 1000, 128, rope=rope)
+@pytest.mark.parametrize(("topk", "invalid"), [(1000, 0.2), (1000, 0.0), (1024, 0.0), (64, 0.0)])
+def test_many_tokens(rope: int, topk: int, invalid: float) -> None:
+    q, kv, indices = make_prefill(600, 20000, topk, 128, rope=rope, invalid=invalid)
     found = prefill((q, kv, indices))
     some = torch.arange(0, 600, 13, device="cuda")
     check_prefill((q[some], kv, indices[some]), tuple(x[some] for x in found))
     again = prefill((q, kv, indices))
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("topk", "invalid"), [(1000, 0.2), (1000, 0.0), (1024, 0.0)])
+def test_many_requests(fp8: bool, topk: int, invalid: float) -> None:
+    q, cache, indices = make_decode(300, 1, topk, 128, fp8=fp8, pages=1000, invalid=invalid)
+    out, lse = decode((q, cache, indices))
+    some = torch.arange(0, 300, 13, device="cuda")
+    check_decode((q[some], cache, indices[some]), out[some], lse[some])
+    again = decode((q, cache, indices))
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+
+
+# What a context shorter than topk looks like: valid indices, then none; the valid ones end at a step, in one, at once.
+@pytest.mark.parametrize("heads", [16, 128])
+def test_valid_indices_first(heads: int) -> None:
+    q, kv, indices = make_prefill(6, 3000, 700, heads, invalid=0.0)
+    for token, count in enumerate((700, 128, 127, 129, 1, 0)):
+        indices[token, :, count:] = -1
+    check_prefill((q, kv, indices), prefill((q, kv, indices)))
+    indices[2, :, 300] = 2147480000
+    indices[3, :, 0] = -1
+    check_prefill((q, kv, indices), prefill((q, kv, indices)))
 
 
 CONFIGS = [

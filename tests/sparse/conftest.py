@@ -128,12 +128,16 @@ def make_decode_problem(
     dtype: torch.dtype = torch.float16,
     sink: bool = False,
     lengths: str = "",
+    valid_first: int = 0,
     device: str = "cpu",
 ) -> Decode:
     generator = torch.Generator().manual_seed(batch * 1000 + q_len * 100 + topk)
     d = rank + rope
     slots = pages * page_size
     indices = random_indices((batch, q_len, topk), slots, generator)
+    if valid_first:
+        indices = torch.randint(0, slots, indices.shape, generator=generator, dtype=torch.int32)
+        indices[..., valid_first:] = -1
     keys = torch.randn((slots, d), generator=generator)
     named = torch.zeros(slots, dtype=torch.bool)
     row = indices.long()

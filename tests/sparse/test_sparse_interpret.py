@@ -69,19 +69,26 @@ def test_decode_against_float64(
     problem.check(out, lse)
 
 
-# The form for Hopper's warpgroup instructions is a form for the compiler: what it computes can be interpreted.
-@pytest.mark.parametrize(("heads", "rope", "fp8"), [(5, 16, False), (70, 0, False), (5, 16, True)])
-def test_the_warpgroup_form(make_decode: "MakeDecode", heads: int, rope: int, fp8: bool) -> None:
+# The form for Hopper's warpgroup instructions is a form for the compiler: what it computes can be interpreted. Steps
+# without masks: none, all, some before a masked one, and nothing after it.
+@pytest.mark.parametrize(
+    ("heads", "rope", "fp8", "valid_first"),
+    [(5, 16, False, 0), (70, 0, False, 150), (5, 16, False, 70), (5, 16, True, 130), (5, 16, False, 64)],
+)
+def test_the_warpgroup_form(make_decode: "MakeDecode", heads: int, rope: int, fp8: bool, valid_first: int) -> None:
     from mlakit.sparse.config import SparseConfig
     from mlakit.sparse.triton_launch import _launch_decode
 
-    problem = make_decode(2, 1, 150, heads=heads, rope=rope, fp8=fp8, rank=256, sink=True, lengths="request")
+    problem = make_decode(
+        2, 1, 150, heads=heads, rope=rope, fp8=fp8, rank=256, sink=True, valid_first=valid_first,
+        lengths="" if valid_first else "request",
+    )  # fmt: skip
     out = poison_(torch.empty((2, 1, heads, 256), dtype=torch.float16))
     lse = poison_(torch.empty((2, 1, heads)))
     options = problem.options
     for splits in (1, 2):
         _launch_decode(
-            *problem.inputs, options["attn_sink"], options["topk_length"], out, lse,
+            *problem.inputs, options["attn_sink"], options.get("topk_length"), out, lse,
             softmax_scale=options["softmax_scale"], num_splits=splits,
             config=SparseConfig(64, 64, 8, 3, wgmma=True),
         )  # fmt: skip
