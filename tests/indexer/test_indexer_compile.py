@@ -49,7 +49,7 @@ def _paged(q_len):
 # DeepSeek's k on each kind of GPU, and the largest: these take a compiler ten seconds each.
 @pytest.mark.parametrize(
     ("target", "rows", "columns", "k"),
-    [*((target, 4096, 32768, 2048) for target in TARGETS), (90, 4096, 40001, 8192)],
+    [*((target, 4096, 32768, 2048) for target in TARGETS), (90, 4096, 40001, 4096)],
 )
 def test_selections_fit_the_registers(target, rows, columns, k):
     with offline(target) as compiled:
@@ -68,10 +68,10 @@ def test_few_queries_are_split_over_the_device():
 
 # Room for what the sample asks for of a row of any length, and for its scatter.
 @pytest.mark.parametrize("rows", [1, 500, 4096])
-@pytest.mark.parametrize("columns", [1, 4097, 8192, 32768, 131072, 262144, 1_000_000])
-@pytest.mark.parametrize("k", [1, 512, 2048, 8192])
+@pytest.mark.parametrize("columns", [1, 4097, 8192, 32768, 131072, 262144, 500_000])
+@pytest.mark.parametrize("k", [1, 512, 2048, 4096])
 def test_candidates_have_room(rows, columns, k):
-    config = topk_config(columns, k, rows, 132)
+    config = topk_config(columns, k, rows, _CHIPS[90])
     assert max(config.capacity, config.sample) <= 32 * 32 * config.num_warps  # keys a thread holds
     if columns <= config.capacity:
         return

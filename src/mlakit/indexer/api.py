@@ -12,7 +12,7 @@ from mlakit.indexer.reference import (
 )
 
 _MOST_HEADS = 128
-_MOST_K = 8192
+_MOST_K = 4096
 
 
 def indexer_logits(
@@ -144,7 +144,7 @@ def select_topk(
             than any number, -0 as 0. Among equals the lowest index wins.
         k: how many, at least 1.
         lengths: [rows] int32: only the first of each row count, what lies behind is not looked at; None for all.
-        impl: "triton" (k up to 8192) or "reference"; None takes the first that can run.
+        impl: "triton" (k up to 4096) or "reference"; None takes the first that can run.
 
     Returns:
         [rows, k] int32, contiguous: the selected indices of each row in ascending order, then -1 if there are fewer

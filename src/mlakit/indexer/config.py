@@ -66,8 +66,8 @@ class TopkConfig:
     prefetch: bool = True
 
 
-def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
-    """The launch for rows of so many columns on a device of `units` multiprocessors.
+def topk_config(columns: int, k: int, rows: int, info: DeviceInfo) -> TopkConfig:
+    """The launch for rows of so many columns on a device.
 
     On an H200, k = 2048: 4096 x 8192 took 0.225 ms with 4 warps a row and 0.251 with 8, 4096 x 32768 0.347 and 0.364. A
     kernel made for one or two warps a row, which repeat least of what every warp does, took 0.269 and 0.367.
@@ -77,5 +77,7 @@ def topk_config(columns: int, k: int, rows: int, units: int) -> TopkConfig:
     capacity = max(4096 if columns <= 262144 else 8192, 1 << (2 * k - 1).bit_length())
     sample = 2048 if columns <= 32768 else 4096 if columns <= 65536 else 8192
     # At most 32 keys a thread; few rows get more threads, which are idle otherwise.
-    warps = 16 if rows <= units or capacity > 8192 else 4 if max(capacity, 2 * sample) <= 4096 else 8
-    return TopkConfig(capacity, sample, 1024, warps, programs=16 // warps)
+    warps = 16 if rows <= info.units else 4 if max(capacity, 2 * sample) <= 4096 else 8
+    # With 128 registers, sixteen warps share a multiprocessor. Larger capacities and Blackwell's kernels need more.
+    tight = warps == 16 or (capacity <= 4096 and info.capability is not None and info.capability[0] <= 9)
+    return TopkConfig(capacity, sample, 1024, warps, 16 // warps, 128 if tight else None)

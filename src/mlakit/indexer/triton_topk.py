@@ -367,7 +367,7 @@ def launch_select_topk(
         return
     info = device_info(logits.device)
     if config is None:
-        config = topk_config(columns, k, rows, info.units)
+        config = topk_config(columns, k, rows, info)
     programs = min(rows, info.units * config.programs)
     words = (config.capacity + 512 * config.num_warps) * programs  # a block more: only then is it known to be too many
     # Memory of the caching allocator, so that a CUDA graph keeps its own.
