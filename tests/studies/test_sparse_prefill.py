@@ -231,7 +231,7 @@ def test_flash_mla_is_found_or_not_with_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.third_party.flashmla.flash_mla_interface", None)
     assert methods.find_flash_mla() == "not installed"
     module = type(sys)("flash_mla")
-    module.flash_mla_sparse_fwd = lambda q, kv, indices, scale, d_v: (q[..., :d_v], None, None)
+    vars(module)["flash_mla_sparse_fwd"] = lambda q, kv, indices, scale, d_v: (q[..., :d_v], None, None)
     monkeypatch.setitem(sys.modules, "flash_mla", module)
     kernel = methods.find_flash_mla()
     assert callable(kernel)
