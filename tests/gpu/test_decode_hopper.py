@@ -76,9 +76,14 @@ def decode(inputs: Inputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 LENS = [0, 1, 20, 63, 64, 65, 127, 128, 129, 140, 1000, 4097]
 
 
-@pytest.mark.parametrize("heads", [1, 3, 9, 16, 32, 63, 64, 65, 126, 128])
-@pytest.mark.parametrize(("q_len", "causal"), [(1, True), (2, True), (4, False), (8, True)])
-@pytest.mark.parametrize("num_splits", [None, 1, 5])
+CASES = [
+    (heads, q_len, causal, None)
+    for heads in (1, 3, 9, 16, 32, 63, 64, 65, 126, 128)
+    for q_len, causal in ((1, True), (2, True), (4, False), (8, True))
+] + [(heads, 1, True, splits) for heads in (9, 32, 128) for splits in (1, 5)]
+
+
+@pytest.mark.parametrize(("heads", "q_len", "causal", "num_splits"), CASES)
 def test_against_float64(heads: int, q_len: int, causal: bool, num_splits: int | None) -> None:
     inputs = make(LENS, q_len, heads)
     out = poison_(torch.empty((len(LENS), q_len, heads, 512), dtype=torch.bfloat16, device="cuda"))
@@ -89,10 +94,8 @@ def test_against_float64(heads: int, q_len: int, causal: bool, num_splits: int |
 
 
 # Pages that hold one tile, several, and a whole request, in both dtypes.
-@pytest.mark.parametrize(
-    ("page_size", "dtype"), [(64, torch.float16), (128, torch.bfloat16), (256, torch.float16), (4096, torch.bfloat16)]
-)
-@pytest.mark.parametrize("heads", [16, 20, 128])
+@pytest.mark.parametrize(("page_size", "dtype"), [(64, torch.float16), (256, torch.bfloat16), (4096, torch.float16)])
+@pytest.mark.parametrize("heads", [16, 128])
 def test_page_sizes_and_dtypes(page_size: int, heads: int, dtype: torch.dtype) -> None:
     inputs = make([777, 0, 64, 3001], 1, heads, page_size=page_size, dtype=dtype)
     check(inputs, *decode(inputs))
@@ -103,7 +106,7 @@ def test_page_sizes_and_dtypes(page_size: int, heads: int, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     "lens", [[8192], [131_072], [4096] * 32, [700] * 40, [1000] * 128, [300, 0, 77, 5000] * 30, list(range(0, 900, 3))]
 )
-@pytest.mark.parametrize("heads", [16, 32, 128])
+@pytest.mark.parametrize("heads", [16, 128])
 def test_batches(lens: list[int], heads: int) -> None:
     inputs = make(lens, 1, heads)
     first = decode(inputs)
