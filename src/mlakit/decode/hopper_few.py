@@ -2,7 +2,7 @@
 
 A warpgroup's matrix instruction has 64 rows; 16 heads in them would waste three quarters. So the scores are computed
 transposed, S^T = K Q^T with 64 keys as rows and the query rows as columns, and the output too, O^T = V^T P^T with 512
-rows. Nothing is padded, the accumulator is small, and the memory system is the limit: two or three programs a
+rows. Nothing is padded, the accumulator is small, and the memory system is the limit: two programs a
 multiprocessor, each with one tile of keys, keep it busy without speaking to one another.
 """
 
