@@ -213,6 +213,24 @@ def test_flash_attention_2_cannot_do_prefill_with_unequal_head_dims(peers, insta
     assert row.error == "prefill: FlashAttention-2 takes equal head dims, got 192 and 128"
 
 
+@pytest.mark.parametrize(("spec", "said"), [("q1s64_q1s70", True), ("2q1s64", False)])
+def test_a_page_that_flash_attention_reads_to_its_end_is_said_when_the_result_is_wrong(
+    peers, install, measure, spec, said
+):
+    module = peers.vllm_flash_attn([])
+    right = module.flash_attn_varlen_func
+
+    def flash_attn_varlen_func(*args, **options):
+        out, lse = right(*args, **options)
+        return out * torch.nan, lse
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    install(module)
+    row = measure("flashattn_mla", spec)
+    assert row.status == "wrong"
+    assert ("a request ends within a page" in row.error) == said
+
+
 def test_a_cache_that_vllm_cannot_number_is_said_when_it_fails(peers, install, measure, monkeypatch):
     module = peers.triton_decode_attention([])
 
