@@ -47,8 +47,10 @@ def _version(package: str) -> str | None:
 def commit() -> str | None:
     """The commit of the checkout that mlakit runs from, with "+dirty" if it has changes; None outside a checkout.
 
-    MLAKIT_COMMIT stands in where the source was copied without its history.
+    MLAKIT_COMMIT says it where the source was copied with no history or with an older one.
     """
+    if given := os.environ.get("MLAKIT_COMMIT"):
+        return given
     folder = Path(mlakit.__file__).parent
     try:
         tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
@@ -56,8 +58,6 @@ def commit() -> str | None:
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".") if head else None
     except OSError:
         head = changes = None
-    if head is None:
-        return os.environ.get("MLAKIT_COMMIT")
     return f"{head}+dirty" if changes else head
 
 
