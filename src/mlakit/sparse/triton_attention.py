@@ -5,7 +5,7 @@ keys a step. Keys are gathered straight from where they lie; an index that is no
 Indices are read one step ahead: else every step's copies wait for them.
 
 There are two forms. The plain one is for few heads and for GPUs without warpgroup instructions. The other, WGMMA, is
-for 64 rows on Hopper, where what Triton makes of the obvious code runs at half the speed; see `_warpgroup_tile`.
+for 64 rows on Hopper, where Triton makes 225 TFLOP/s of the obvious code and 320 of this; see `_warpgroup_tile`.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -36,42 +36,30 @@ def _offsets(index, stride_kp, STRIDE_KT: tl.constexpr, PAGE_SIZE: tl.constexpr)
 
 
 @triton.jit
-def _load(at, valid, MASKED: tl.constexpr):
-    """What `at` points to, 0 where it is not valid."""
-    if MASKED:
-        x = tl.load(at, mask=valid, other=0)
-    else:
-        x = tl.load(at)
-    return x
-
-
-@triton.jit
-def _dequantized(
-    kv_ptr, offset, valid, first, RANK: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr, MASKED: tl.constexpr
-):
+def _dequantized(kv_ptr, offset, valid, first, RANK: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr):
     """Columns `first` to `first + WIDTH` of a tile's keys out of the float8 cache, float32."""
     scale_ptr = kv_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + (RANK // 4 + first // GROUP)
     if WIDTH < GROUP:
-        codes = _load(kv_ptr + offset[:, None] + (first + tl.arange(0, WIDTH))[None, :], valid[:, None], MASKED)
-        scale = _load(scale_ptr + offset // 4, valid, MASKED)
+        codes = tl.load(kv_ptr + offset[:, None] + (first + tl.arange(0, WIDTH))[None, :], mask=valid[:, None], other=0)
+        scale = tl.load(scale_ptr + offset // 4, mask=valid, other=0.0)
         values = e4m3_to_fp32(codes, NATIVE) * scale[:, None]
     else:
         group = tl.arange(0, WIDTH // GROUP)
         column = first + group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-        codes = _load(kv_ptr + offset[:, None, None] + column, valid[:, None, None], MASKED)
-        scale = _load(scale_ptr + (offset // 4)[:, None] + group[None, :], valid[:, None], MASKED)
+        codes = tl.load(kv_ptr + offset[:, None, None] + column, mask=valid[:, None, None], other=0)
+        scale = tl.load(scale_ptr + (offset // 4)[:, None] + group[None, :], mask=valid[:, None], other=0.0)
         values = tl.reshape(e4m3_to_fp32(codes, NATIVE) * scale[:, :, None], [offset.shape[0], WIDTH])
     return values
 
 
 @triton.jit
-def _rope(kv_ptr, offset, valid, r, RANK: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr):
+def _rope(kv_ptr, offset, valid, r, RANK: tl.constexpr, FP8: tl.constexpr):
     """The rope part of a tile's keys."""
     if FP8:
         rope_ptr = kv_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (RANK // 2 + 2 * (RANK // GROUP))
-        part = _load(rope_ptr + (offset // 2)[:, None] + r[None, :], valid[:, None], MASKED)
+        part = tl.load(rope_ptr + (offset // 2)[:, None] + r[None, :], mask=valid[:, None], other=0.0)
     else:
-        part = _load(kv_ptr + RANK + offset[:, None] + r[None, :], valid[:, None], MASKED)
+        part = tl.load(kv_ptr + RANK + offset[:, None] + r[None, :], mask=valid[:, None], other=0.0)
     return part
 
 
@@ -103,14 +91,14 @@ def _plain_tile(
         valid = index.to(tl.uint32) < s_kv  # below 0 is far above
         offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
         if FP8:
-            k_a = _dequantized(kv_ptr, offset, valid, 0, RANK, HALF, NATIVE, True).to(q_a.dtype)
-            k_b = _dequantized(kv_ptr, offset, valid, HALF, RANK, HALF, NATIVE, True).to(q_a.dtype)
+            k_a = _dequantized(kv_ptr, offset, valid, 0, RANK, HALF, NATIVE).to(q_a.dtype)
+            k_b = _dequantized(kv_ptr, offset, valid, HALF, RANK, HALF, NATIVE).to(q_a.dtype)
         else:
             k_a = tl.load(kv_ptr + offset[:, None] + c[None, :], mask=valid[:, None], other=0.0)
             k_b = tl.load(kv_ptr + offset[:, None] + (HALF + c)[None, :], mask=valid[:, None], other=0.0)
         s = tl.dot(q_a, tl.trans(k_a))
         if ROPE > 0:
-            k_r = _rope(kv_ptr, offset, valid, r, RANK, FP8, True).to(q_a.dtype)
+            k_r = _rope(kv_ptr, offset, valid, r, RANK, FP8).to(q_a.dtype)
             s = tl.dot(q_r, tl.trans(k_r), s)
         index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
         # Scaled one by one, or Triton would make it one chain again.
@@ -128,113 +116,105 @@ def _plain_tile(
 
 
 @triton.jit
-def _warpgroup_steps(
-    q_c, q_r, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp, m, l, acc,
-    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+def _warpgroup_tile(
+    q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
+    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Some steps of `_warpgroup_tile`; not MASKED if all indices are valid and fill their steps."""
+    """The same for 64 rows on Hopper: the largest score, the sum of weights, the weighted sum.
+
+    Three things here are for Triton's compiler, and change no result:
+    - The product for the scores stands in a branch that is always taken. Where Triton sees a product's result flow into
+      another product it gives all warps to rows, and with 64 rows both warpgroups then compute the same scores. LLVM
+      removes the branch; the other side holds a product too, so that no layout is converted inside.
+    - Scores are keys x heads, and keys are loaded as columns and transposed at both products, once inside the branch
+      and once outside. Then the copies of a step are issued two steps ahead into two buffers, and not one step ahead
+      (exposed) or into three (too much shared memory).
+    - Sums of weights are kept for 8 rows of each warp, to be added up at the end and not across warps in every step.
+    """
     c = tl.arange(0, RANK)
     r = tl.arange(0, ROPE if ROPE > 0 else 16)
     n = tl.arange(0, BLOCK_N)
+    q_c = tl.trans(tl.load(q_at[:, None] + c[None, :], mask=live[:, None], other=0.0))
+    q_r = q_c
+    if ROPE > 0:
+        q_r = tl.trans(tl.load(q_at[:, None] + (RANK + r)[None, :], mask=live[:, None], other=0.0))
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_N // 16, 8, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
     index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
-    for i in tl.range(begin, end, BLOCK_N, num_stages=2 if MASKED else STAGES):
-        offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
+    for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         valid = index.to(tl.uint32) < s_kv  # below 0 is far above
-        if FP8:
-            k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE, MASKED).to(q_c.dtype)
-        else:
-            k_c = _load(kv_ptr + offset[:, None] + c[None, :], valid[:, None], MASKED)
+        offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
+        k_c = tl.load(kv_ptr + offset[None, :] + c[:, None], mask=valid[None, :], other=0.0)
         if ROPE > 0:
-            k_r = _rope(kv_ptr, offset, valid, r, RANK, FP8, MASKED).to(q_c.dtype)
+            k_r = tl.load(kv_ptr + RANK + offset[None, :] + r[:, None], mask=valid[None, :], other=0.0)
             if i < end:
+                s = tl.dot(tl.trans(k_c), q_c) * scale_log2 + tl.dot(tl.trans(k_r), q_r) * scale_log2
+            else:
+                s = tl.dot(tl.trans(k_r), q_r)
+        else:
+            if i < end:
+                s = tl.dot(tl.trans(k_c), q_c) * scale_log2
+            else:
+                s = tl.dot(tl.trans(k_c), q_c)
+        s = tl.where(valid[:, None], s, -float("inf"))
+        index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
+        m_new = tl.maximum(m, tl.max(s, 0))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m - shift)
+        p = tl.exp2(s - shift[None, :])
+        l = l * alpha[None, None, :] + tl.sum(tl.reshape(p, [BLOCK_N // 16, 2, 8, BLOCK_M]), 1)
+        m = m_new
+        acc = tl.dot(tl.trans(p.to(k_c.dtype)), tl.trans(k_c), acc * alpha[:, None])
+    return m, tl.sum(tl.sum(l, 0), 0), acc
+
+
+@triton.jit
+def _warpgroup_fp8_tile(
+    q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
+    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_warpgroup_tile` for the float8 cache: keys pass through registers, so that scores are heads x keys (the second
+    operand is the one that is always read from shared memory, where the dequantized tile lies once for both products).
+    """
+    c = tl.arange(0, RANK)
+    r = tl.arange(0, ROPE if ROPE > 0 else 16)
+    n = tl.arange(0, BLOCK_N)
+    q_c = tl.load(q_at[:, None] + c[None, :], mask=live[:, None], other=0.0)
+    q_r = q_c
+    if ROPE > 0:
+        q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=live[:, None], other=0.0)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_M, 2], tl.float32)
+    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
+    index = tl.load(indices_ptr + begin + n, mask=begin + n < end, other=-1)
+    for i in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        valid = index.to(tl.uint32) < s_kv  # below 0 is far above
+        offset = _offsets(index, stride_kp, STRIDE_KT, PAGE_SIZE)
+        k_c = _dequantized(kv_ptr, offset, valid, 0, RANK, RANK, NATIVE).to(q_c.dtype)
+        if ROPE > 0:
+            k_r = _rope(kv_ptr, offset, valid, r, RANK, True).to(q_c.dtype)
+            if i < end:
+                s = tl.dot(q_c, tl.trans(k_c)) * scale_log2 + tl.dot(q_r, tl.trans(k_r)) * scale_log2
+            else:
                 s = tl.dot(q_r, tl.trans(k_r))
-            else:
-                s = tl.dot(q_c, tl.trans(k_c))
-            if i != end:  # put otherwise, or the two branches would become one
-                s = tl.dot(q_c, tl.trans(k_c), s)
-            else:
-                s = tl.dot(q_r, tl.trans(k_r), s)
-            s = s * scale_log2
         else:
             if i < end:
                 s = tl.dot(q_c, tl.trans(k_c)) * scale_log2
             else:
                 s = tl.dot(q_c, tl.trans(k_c))
-        if MASKED:
-            s = tl.where(valid[None, :], s, -float("inf"))
-            index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
-        else:
-            index = tl.load(indices_ptr + tl.minimum(i + BLOCK_N, end - BLOCK_N) + n)
+        s = tl.where(valid[None, :], s, -float("inf"))
+        index = tl.load(indices_ptr + i + BLOCK_N + n, mask=i + BLOCK_N + n < end, other=-1)
         m_new = tl.maximum(m, tl.max(s, 1))
-        shift = m_new
-        if MASKED:  # no key yet: 0 instead of inf - inf
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = tl.exp2(m - shift)
         p = tl.exp2(s - shift[:, None])
-        l = l * alpha[:, None, None] + tl.sum(tl.sum(tl.reshape(p, [BLOCK_M, 2, BLOCK_N // 16, 4, 2]), 4), 2)
+        l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, 2, BLOCK_N // 2]), 2)
         m = m_new
         acc = tl.dot(p.to(k_c.dtype), k_c, acc * alpha[:, None])
-        if not FP8:  # noqa: SIM102 - the outer one is not of the kernel
-            if i > end:
-                m = m + tl.max(k_c.to(tl.float32))
-    return m, l, acc
-
-
-@triton.jit
-def _scan(indices_ptr, begin, end, s_kv, BLOCK_N: tl.constexpr):
-    """Where the steps end that need no mask, before the first invalid index; and where the valid indices end."""
-    SCAN: tl.constexpr = 1024
-    at = tl.arange(0, SCAN)
-    invalid = tl.zeros([SCAN], tl.int32) + end
-    valid = tl.zeros([SCAN], tl.int32) + begin
-    for i in tl.range(begin, end, SCAN, num_stages=1):
-        index = tl.load(indices_ptr + i + at, mask=i + at < end, other=-1)
-        good = index.to(tl.uint32) < s_kv
-        invalid = tl.minimum(invalid, tl.where(good, end, i + at))
-        valid = tl.maximum(valid, tl.where(good, i + at + 1, begin))
-    first = tl.minimum(tl.min(invalid, 0), end)
-    return begin + (first - begin) // BLOCK_N * BLOCK_N, tl.max(valid, 0)
-
-
-@triton.jit
-def _warpgroup_tile(
-    q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
-    STRIDE_KT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same for 64 rows on Hopper: the largest score, the sum of weights, the weighted sum.
-
-    Steps of valid indices alone go without masks, which are a fifth of a step's instructions (346 TFLOP/s instead of
-    315), up to the first invalid index of the piece; what follows the last valid one is left out.
-
-    Three things are for Triton's compiler, and change no result; LLVM removes the branches:
-    - The products for the scores stand in branches that are always taken. Where Triton sees a product's result flow
-      into another product it gives all warps to rows, and with 64 rows both warpgroups then compute the same scores.
-      The other side of a branch holds a product too, so that no layout is converted inside.
-    - A branch that is never taken looks at the keys. Keys that only products look at get a third buffer where their
-      copies are issued two steps ahead, and there is no room for it.
-    - Sums of weights are kept as each thread has them, to be added up at the end and not in every step.
-    """
-    c = tl.arange(0, RANK)
-    r = tl.arange(0, ROPE if ROPE > 0 else 16)
-    q_c = tl.load(q_at[:, None] + c[None, :], mask=live[:, None], other=0.0)
-    q_r = q_c
-    if ROPE > 0:
-        q_r = tl.load(q_at[:, None] + (RANK + r)[None, :], mask=live[:, None], other=0.0)
-    whole, end = _scan(indices_ptr, begin, end, s_kv, BLOCK_N)
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
-    l = tl.zeros([BLOCK_M, 2, 4], tl.float32)
-    m, l, acc = _warpgroup_steps(
-        q_c, q_r, kv_ptr, indices_ptr, begin, whole, s_kv, scale_log2, stride_kp, m, l, acc,
-        STRIDE_KT, RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, False,
-    )  # fmt: skip
-    m, l, acc = _warpgroup_steps(
-        q_c, q_r, kv_ptr, indices_ptr, whole, end, s_kv, scale_log2, stride_kp, m, l, acc,
-        STRIDE_KT, RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, True,
-    )  # fmt: skip
-    return m, tl.sum(tl.sum(l, 2), 1), acc
+    return m, tl.sum(l, 1), acc
 
 
 @triton.jit
@@ -248,8 +228,12 @@ def _finish(m, l, sink_at, live, SINK: tl.constexpr, SPLIT: tl.constexpr):
     return inverse, lse
 
 
-# What changes from batch to batch must not recompile.
-@triton.jit(do_not_specialize=["q_len", "topk", "s_kv", "splits"])
+# What changes from batch to batch must not recompile; the strides of indices and lengths follow from topk.
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "topk", "s_kv", "splits", "stride_ib", "stride_is", "stride_ih", "stride_lb", "stride_ls",
+    ]
+)  # fmt: skip
 def _mla_sparse_kernel(
     q_ptr,
     kv_ptr,
@@ -326,10 +310,16 @@ def _mla_sparse_kernel(
     kv_ptr += kv_head.to(tl.int64) * stride_kh
     indices_ptr += request * stride_ib + s * stride_is + kv_head.to(tl.int64) * stride_ih
     if WGMMA:
-        m, l, acc = _warpgroup_tile(
-            q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
-            STRIDE_KT, RANK, ROPE, FP8, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
-        )  # fmt: skip
+        if FP8:
+            m, l, acc = _warpgroup_fp8_tile(
+                q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
+                STRIDE_KT, RANK, ROPE, NATIVE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
+        else:
+            m, l, acc = _warpgroup_tile(
+                q_at, live, kv_ptr, indices_ptr, begin, end, s_kv, scale_log2, stride_kp,
+                STRIDE_KT, RANK, ROPE, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
         inverse, lse = _finish(m, l, sink_ptr + head, live, SINK, SPLIT)
         c = tl.arange(0, RANK)
         acc = acc * inverse[:, None]
