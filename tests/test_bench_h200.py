@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -147,3 +148,10 @@ def test_committed_records_say_where_they_come_from(path):
         for value in (environment["device"]["name"], *(environment[key] for key in ("torch", "triton", "commit"))):
             assert value
             assert isinstance(value, str)
+
+
+def test_tables_are_the_records():
+    """README and docs show what results/h200 holds: `python benchmarks/h200/tables.py` makes them anew."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "h200" / "tables.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
