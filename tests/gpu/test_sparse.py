@@ -212,7 +212,8 @@ def test_every_configuration(config: SparseConfig, fp8: bool) -> None:
         out = poison_(torch.empty((40, 1, 70, 512), dtype=torch.bfloat16, device="cuda"))
         lse = poison_(torch.empty((40, 1, 70), device="cuda"))
         scale = 576**-0.5
-        _launch_decode(*inputs, None, None, out, lse, softmax_scale=scale, num_splits=splits, config=config)
+        q, cache, indices = inputs
+        _launch_decode(q, cache, indices, None, None, out, lse, softmax_scale=scale, num_splits=splits, config=config)
         assert count_poison(out) == 0
         check_decode(inputs, out, lse)
 

@@ -91,8 +91,10 @@ def test_keys_in_two_parts(pe_heads, causal):
     whole = torch.cat([k[..., :16], k_pe.expand(-1, 2, -1)], dim=-1)
     parts = [x.detach().clone().requires_grad_() for x in (q, k[..., :16], v, k_pe)]
     leaves = [x.detach().clone().requires_grad_() for x in (q, whole, v)]
-    got = mla_prefill(*parts[:3], cu_q, cu_k, softmax_scale=0.3, causal=causal, k_pe=parts[3])
-    expected = mla_prefill(*leaves, cu_q, cu_k, softmax_scale=0.3, causal=causal)
+    q, k, v, k_pe = parts
+    got = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.3, causal=causal, k_pe=k_pe)
+    q, whole, v = leaves
+    expected = mla_prefill(q, whole, v, cu_q, cu_k, softmax_scale=0.3, causal=causal)
     seeds = [torch.randn_like(x) for x in expected]
     dq, dk, dv, dk_pe = torch.autograd.grad(got, parts, seeds)
     dq_want, dk_want, dv_want = torch.autograd.grad(expected, leaves, seeds)

@@ -115,9 +115,9 @@ def test_keys_in_two_parts(kv_heads, pe_heads):
     assert compare_lse(lse, ref_lse).ok
     for name, got, want, base in zip(("q", "k", "v", "k_pe"), grads, ref_grads, eager_grads, strict=True):
         assert_close(got, want, base, f"gradient of {name}")
-    plain = [x.detach() for x in parts]
+    plain_q, plain_k, plain_v, plain_pe = (x.detach() for x in parts)
     again = poison_(torch.empty_like(out))
-    mla_prefill(*plain[:3], cu_q, cu_k, softmax_scale=0.2, k_pe=plain[3], out=again, impl="triton")
+    mla_prefill(plain_q, plain_k, plain_v, cu_q, cu_k, softmax_scale=0.2, k_pe=plain_pe, out=again, impl="triton")
     assert torch.equal(again, out)
 
 

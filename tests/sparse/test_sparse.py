@@ -251,9 +251,9 @@ def test_operators_keep_their_schemas(make_prefill: "MakePrefill", make_decode: 
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_prefill, (*problem.inputs, *rest))
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_prefill_out, (*problem.inputs, torch.empty(2, 3, 64), *rest))
     one = make_decode(2, 1, 5, dtype=torch.float32, lengths="request")
-    rest = (0.1, 64, None, one.options["topk_length"], None, "reference")
-    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode, (*one.inputs, *rest))
-    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode_out, (*one.inputs, torch.empty(2, 1, 3, 64), *rest))
+    more = (0.1, 64, None, one.options["topk_length"], None, "reference")
+    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode, (*one.inputs, *more))
+    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode_out, (*one.inputs, torch.empty(2, 1, 3, 64), *more))
 
 
 def test_compiles_without_a_graph_break(make_prefill: "MakePrefill", make_decode: "MakeDecode") -> None:

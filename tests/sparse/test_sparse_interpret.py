@@ -122,5 +122,5 @@ def test_opcheck(make_prefill: "MakePrefill", make_decode: "MakeDecode") -> None
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_prefill, (*problem.inputs, *rest))
     one = make_decode(2, 1, 5, lengths="request")
     out = torch.empty((2, 1, 3, 64), dtype=torch.float16)
-    rest = (one.options["softmax_scale"], 64, None, one.options["topk_length"], 2, "triton")
-    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode_out, (*one.inputs, out, *rest))
+    more = (one.options["softmax_scale"], 64, None, one.options["topk_length"], 2, "triton")
+    torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode_out, (*one.inputs, out, *more))
