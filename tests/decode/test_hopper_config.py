@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from mlakit.decode import mla_decode
 from mlakit.decode.hopper_config import (
@@ -73,13 +74,16 @@ def test_caches_that_are_no_matrix_are_refused() -> None:
     assert "at least one page" in (why(q, torch.empty((0, 64, 576), dtype=q.dtype)) or "")
 
 
-def test_other_gpus_are_refused_by_name() -> None:
+def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     _hopper_reason.cache_clear()
     with pretend(A100):
         assert _hopper_reason("cuda:0") == "needs an NVIDIA GPU of compute capability 9.0, found (8, 0)"
     _hopper_reason.cache_clear()
     with pretend(H200):
         assert _hopper_reason("cuda:0") is None
+        _hopper_reason.cache_clear()
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+        assert _hopper_reason("cuda:0") == "needs Triton 3.6 or later for Gluon, found 3.5.1"
     _hopper_reason.cache_clear()
     q, cache = inputs()
     table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)

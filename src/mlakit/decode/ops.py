@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 from functools import lru_cache
-from importlib.metadata import version
 
 import torch
 
@@ -130,9 +129,10 @@ def _hopper_reason(device: str) -> str | None:
         return "the tensors are on the CPU, and Gluon has no interpreter"
     if (found := capability(device)) != (9, 0):
         return f"needs an NVIDIA GPU of compute capability 9.0, found {found}"
-    found_triton = version("triton")
-    if tuple(int(number) for number in re.findall(r"\d+", found_triton)[:2]) < (3, 6):
-        return f"needs Triton 3.6 or later for Gluon, found {found_triton}"
+    import triton  # on a GPU that these kernels are for; importing mlakit must not
+
+    if tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2]) < (3, 6):
+        return f"needs Triton 3.6 or later for Gluon, found {triton.__version__}"
     return None
 
 
