@@ -1,5 +1,6 @@
 """`make bench-h200` without its GPU: what happens to records when scripts succeed, fail and hang; and the records."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from mlakit.cli.study import add_parser as add_studies
 
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "results" / "h200").glob("*.json"))
@@ -94,10 +97,22 @@ def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, 
 
 def test_every_step_has_its_script(run_all):
     known = run_all.steps()
-    names = ["concat", "decode", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing", "quickstart"]
-    assert [step.name for step in known] == names
-    for step in known[:-1]:
-        assert Path(step.command[-1]).is_file()
+    names = ["concat", "decode", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
+    studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness"]
+    assert [step.name for step in known] == [*names, *studies, "quickstart"]
+    for step in known:
+        assert step.stamped == (step.name in names)
+        if step.stamped:
+            assert Path(step.command[-1]).is_file()
+
+
+def test_every_study_takes_its_options(run_all):
+    parser = argparse.ArgumentParser()
+    add_studies(parser.add_subparsers())
+    for step in run_all.steps():
+        if step.command[3:4] == ("study",):
+            parsed = parser.parse_args([*step.command[3:], "record.json"])
+            assert str(parsed.output_json) == "record.json"
 
 
 def test_without_a_gpu_it_refuses_in_one_line(run_all, monkeypatch, capsys, tmp_path):

@@ -33,6 +33,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "results" / "h200"
 SCHEMA = "mlakit.speed/1"
 QUICKSTART = "quickstart"
+# The studies' records; what each is run with beside the file it writes.
+STUDIES = {
+    "k_concat": ("k-concat",),
+    "sparse_prefill": ("sparse-prefill", "--warmup", "2", "--rep", "6"),
+    "fast_path": ("fast-path", "--model", "deepseek-v3"),
+    "layers": (
+        "layers", "--model", "deepseek-v3", "--batch-sizes", "1", "32", "--seq-lengths", "1024", "4096", "--trials",
+        "10", "--output-dir", "layers",
+    ),
+    "correctness": (
+        "correctness", "--min-seq-len", "256", "--max-seq-len", "2048", "--seq-len-step", "256", "--batch-sizes", "1",
+        "4", "--trials", "3", "--output", "correctness",
+    ),
+}  # fmt: skip
 # Modules of the peers, and the distributions that hold their versions.
 PEERS = {
     "vllm": "vllm",
@@ -55,8 +69,8 @@ class Step:
 
     @property
     def stamped(self) -> bool:
-        """Whether the command writes bare rows, which need a stamp; the bench's own records have theirs."""
-        return self.name != QUICKSTART
+        """Whether the command writes bare rows, which need a stamp; records of bench and studies have theirs."""
+        return self.name != QUICKSTART and self.name not in STUDIES
 
 
 def steps(scripts: Path = HERE) -> list[Step]:
@@ -66,8 +80,9 @@ def steps(scripts: Path = HERE) -> list[Step]:
         "rope": 60.0, "sparse": 150.0, "timing": 90.0,
     }  # fmt: skip
     found = [Step(name, (sys.executable, str(scripts / f"{name}.py")), limit) for name, limit in limits.items()]
-    bench = (sys.executable, "-m", "mlakit", "bench", "--config", QUICKSTART, "--output-json")
-    return [*found, Step(QUICKSTART, bench, 180.0)]
+    mlakit = (sys.executable, "-m", "mlakit")
+    found += [Step(name, (*mlakit, "study", *options, "--output-json"), 240.0) for name, options in STUDIES.items()]
+    return [*found, Step(QUICKSTART, (*mlakit, "bench", "--config", QUICKSTART, "--output-json"), 180.0)]
 
 
 def run_step(step: Step, output: Path) -> str:
@@ -97,7 +112,7 @@ def read_output(step: Step, output: Path) -> tuple[Any, str]:
     rows = found if step.stamped else found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return None, "no rows written"
-    if not step.stamped and not found.get("complete"):
+    if not step.stamped and not found.get("complete", True):
         return None, "some of its rows are missing"
     return found, ""
 

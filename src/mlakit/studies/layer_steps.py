@@ -238,13 +238,17 @@ def free_memory() -> None:
 
 
 def stamp(options: Options) -> dict[str, Any]:
-    """For a record: where and when it was measured."""
+    """For a record: where and when it was measured, and on a GPU what that can do."""
+    from dataclasses import asdict
     from datetime import UTC, datetime
 
     from mlakit.bench.environment import describe_environment
+    from mlakit.bench.limits import measure_ceilings
     from mlakit.hardware import device_info
 
+    info = device_info(options.device)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": describe_environment(device_info(options.device)),
+        "environment": describe_environment(info),
+        "ceilings": asdict(measure_ceilings(options.device)) if info.is_cuda else None,
     }
