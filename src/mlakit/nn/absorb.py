@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlakit.nn.caches import LatentCache
-from mlakit.nn.naive import softmax
+from mlakit.nn.project import wants_grad
 from mlakit.nn.step import Step
 
 if TYPE_CHECKING:
@@ -23,11 +23,7 @@ def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> to
 
     q_latent = torch.einsum("bshd,hdc->bshc", q_nope, up_k)
     scores = torch.einsum("bshc,btc->bsht", q_latent, latents) + torch.einsum("bshr,btr->bsht", q_pe, k_pes)
-    scores = scores * layer.softmax_scale
-    mask = step.additive_mask(scores.dtype, scores.device)
-    if mask is not None:
-        scores = scores + mask
-    out = torch.einsum("bsht,btc->bshc", softmax(scores), latents)
+    out = torch.einsum("bsht,btc->bshc", step.weights(scores * layer.softmax_scale), latents)
     return torch.einsum("bshc,hdc->bshd", out, up_v).flatten(2)
 
 
@@ -39,16 +35,12 @@ def _keep(
         return latent, k_pe
     assert isinstance(step.cache, LatentCache)
     step.cache.write(step.start, latent, k_pe, scale_fmt)
-    wants_grad = latent.requires_grad or k_pe.requires_grad
     if step.begins:
         return latent, k_pe
-    if wants_grad and isinstance(step.start, int):
+    if isinstance(step.start, int) and wants_grad(latent, k_pe):
         rows = step.cache.read(step.bsz, step.start).clone()
         rows = torch.cat((rows, torch.cat((latent, k_pe), dim=-1)), dim=1)
     else:
-        rows = step.cache.read(step.bsz, step.end)
-    if isinstance(step.start, torch.Tensor):  # a weight of 0 does not silence a NaN in an unused place
-        position = torch.arange(step.end, device=rows.device)
-        rows = rows.masked_fill((position >= step.seq_lens(rows.device)[:, None])[..., None], 0)
+        rows = step.only_live(step.cache.read(step.bsz, step.end))
     latents, k_pes = rows.split((latent.shape[-1], k_pe.shape[-1]), dim=-1)
     return latents, k_pes

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from mlakit.nn.caches import KVCache, join_key
 from mlakit.nn.project import project, project_new, wants_grad
-from mlakit.nn.step import Step
+from mlakit.nn.step import Step, softmax
 from mlakit.prefill import mla_prefill
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def attend_to_new(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step
         assert isinstance(step.cache, KVCache)
         step.cache.write(step.start, k_nope, k_pe, v)
     if has_kernel(x):
-        return attend_ragged(q, k_nope, k_pe, v, step, layer.softmax_scale)
+        out, _ = attend_in_parts(q, k_nope, k_pe, v, layer.softmax_scale, causal=step.causal)
+        return out.unflatten(0, (step.bsz, step.seqlen))
     return batched_attention(q, join_key(k_nope, k_pe), v, layer.softmax_scale, causal=step.causal)
 
 
@@ -51,27 +52,36 @@ def batched_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     if causal:
         mask = q.new_full((seqlen, keys), -torch.inf).triu_(keys - seqlen + 1)
     scores = torch.baddbmm(mask, q, k_t, beta=1 if causal else 0, alpha=scale)
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return torch.bmm(weights, v).unflatten(0, (bsz, heads)).transpose(1, 2)
+    return torch.bmm(softmax(scores), v).unflatten(0, (bsz, heads)).transpose(1, 2)
 
 
-def attend_ragged(
-    q: torch.Tensor, k_nope: torch.Tensor, k_pe: torch.Tensor, v: torch.Tensor, step: Step, scale: float
-) -> torch.Tensor:
-    """`mla_prefill` on requests of equal length, [bsz, seqlen, heads, ...], keys in two parts."""
-    bounds = torch.arange(0, (step.bsz + 1) * step.seqlen, step.seqlen, device=q.device, dtype=torch.int32)
-    out, _ = mla_prefill(
+def attend_in_parts(
+    q: torch.Tensor,
+    k_nope: torch.Tensor,
+    k_pe: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mla_prefill` on requests of equal length, q [bsz, seqlen, heads, ...] and [bsz, keys, heads (k_pe: 1), ...], the
+    keys in two parts; out and lse with their tokens end to end.
+    """
+    bsz, seqlen, keys = q.shape[0], q.shape[1], v.shape[1]
+    bounds_q, bounds_k = (
+        torch.arange(0, (bsz + 1) * each, each, device=q.device, dtype=torch.int32) for each in (seqlen, keys)
+    )
+    return mla_prefill(
         q.flatten(0, 1),
         k_nope.flatten(0, 1),
         v.flatten(0, 1),
-        bounds,
-        bounds,
+        bounds_q,
+        bounds_k,
         softmax_scale=scale,
-        causal=step.causal,
-        max_seqlen_q=step.seqlen,
+        causal=causal,
+        max_seqlen_q=seqlen,
         k_pe=k_pe.flatten(0, 1),
     )
-    return out.unflatten(0, (step.bsz, step.seqlen))
 
 
 def _attend_to_cache(q: torch.Tensor, step: Step, scale: float) -> torch.Tensor:

@@ -8,10 +8,9 @@ from mlakit.cache import append_latent
 from mlakit.decode import mla_decode
 from mlakit.merge import merge_states
 from mlakit.nn.caches import LatentCache, join_key
-from mlakit.nn.flash import batched_attention, has_kernel, refuse_mask
+from mlakit.nn.flash import attend_in_parts, batched_attention, has_kernel, refuse_mask
 from mlakit.nn.project import rotate_query, wants_grad
 from mlakit.nn.step import Step
-from mlakit.prefill import mla_prefill
 from mlakit.sparse import mla_sparse_decode
 
 if TYPE_CHECKING:
@@ -125,17 +124,14 @@ def _attend_in_mha_mode(
     layer: "MultiheadLatentAttention", q: torch.Tensor, kv: torch.Tensor, step: Step
 ) -> torch.Tensor:
     """Expand keys and values: of the new tokens, then of what came before, some of it at a time."""
-    args = layer.args
-    latent, k_pe = kv.split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
-    k_pe = step.rotate(k_pe.unsqueeze(2)).flatten(0, 1)
-    q = rotate_query(layer, q, step).flatten(0, 1)
-    latent = layer.kv_norm(latent)
+    args, scale = layer.args, layer.softmax_scale
+    widths = (args.kv_lora_rank, args.qk_rope_head_dim)
+    latent, k_pe = kv.split(widths, dim=-1)
+    q, k_pe = rotate_query(layer, q, step), step.rotate(k_pe.unsqueeze(2))
+    k_nope, v = layer.expand(layer.kv_norm(latent))
     if step.begins and not has_kernel(q):  # plain PyTorch has no use for ragged requests
-        k_nope, v = layer.expand(latent)
-        k = join_key(k_nope, k_pe.unflatten(0, (step.bsz, step.seqlen)))
-        q = q.unflatten(0, (step.bsz, step.seqlen))
-        return batched_attention(q, k, v, layer.softmax_scale, causal=step.causal)
-    out, lse = _attend_to(layer, q, latent.flatten(0, 1), k_pe, step, step.seqlen, step.causal)
+        return batched_attention(q, join_key(k_nope, k_pe), v, scale, causal=step.causal)
+    out, lse = attend_in_parts(q, k_nope, k_pe, v, scale, causal=step.causal)
     assert isinstance(step.start, int)
     if step.start:
         cache = step.cache
@@ -144,37 +140,11 @@ def _attend_in_mha_mode(
         each = max(CONTEXT_TOKENS // step.bsz, 1)
         for begin in range(0, step.start, each):
             end = min(begin + each, step.start)
-            rows = cache.gather(step.bsz, begin, end)
-            latents, k_pes = rows.split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
-            out, lse = _attend_to(layer, q, latents, k_pes[:, None], step, end - begin, causal=False)
+            rows = cache.gather(step.bsz, begin, end).unflatten(0, (step.bsz, end - begin))
+            latent, k_pe = rows.split(widths, dim=-1)
+            k_nope, v = layer.expand(latent)
+            out, lse = attend_in_parts(q, k_nope, k_pe.unsqueeze(2), v, scale, causal=False)
             outs.append(out)
             lses.append(lse)
         out, _ = merge_states(outs, lses)
     return out.view(step.bsz, step.seqlen, args.n_heads, args.v_head_dim)
-
-
-def _attend_to(
-    layer: "MultiheadLatentAttention",
-    q: torch.Tensor,
-    latent: torch.Tensor,
-    k_pe: torch.Tensor,
-    step: Step,
-    keys: int,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expand `keys` tokens of every request, and attend to them."""
-    k_nope, v = layer.expand(latent)
-    bounds_q, bounds_k = (
-        torch.arange(0, (step.bsz + 1) * each, each, device=q.device, dtype=torch.int32) for each in (step.seqlen, keys)
-    )
-    return mla_prefill(
-        q,
-        k_nope,
-        v,
-        bounds_q,
-        bounds_k,
-        softmax_scale=layer.softmax_scale,
-        causal=causal,
-        max_seqlen_q=step.seqlen,
-        k_pe=k_pe,
-    )

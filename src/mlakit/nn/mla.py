@@ -10,6 +10,7 @@ from mlakit.nn.args import ATTN_IMPLS, Args
 from mlakit.nn.caches import Cache, KVCache, LatentCache, Start
 from mlakit.nn.linear import Linear
 from mlakit.nn.norm import RMSNorm
+from mlakit.nn.project import wants_grad
 from mlakit.nn.rope import precompute_freqs_cis
 from mlakit.nn.step import Mask, Step, positions_from, resolve_mask, rope_rows
 
@@ -227,8 +228,7 @@ class MultiheadLatentAttention(nn.Module):
         if cache is not None:
             return cache
         begins = isinstance(start, int) and start == 0
-        wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if begins and self.training and wants_grad:
+        if begins and self.training and wants_grad(x, *self.parameters()):
             return None
         own = self._own_cache
         if own is None or ((own.device, own.dtype) != (x.device, x.dtype) and begins):

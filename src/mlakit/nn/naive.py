@@ -18,19 +18,9 @@ def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> to
         return attend_to_new(layer, x, step).flatten(2)
     q, k, v = project(layer, x, step)
     scores = torch.einsum("bshd,bthd->bsht", q, k) * layer.softmax_scale
-    mask = step.additive_mask(scores.dtype, scores.device)
-    if mask is not None:
-        scores = scores + mask
-    weights = softmax(scores)
-    return torch.einsum("bsht,bthd->bshd", weights, v).flatten(2)
+    return torch.einsum("bsht,bthd->bshd", step.weights(scores), v).flatten(2)
 
 
 def is_short(step: Step, tokens: int) -> bool:
     """Whether the short path applies: nothing came before, few tokens, and no mask but perhaps the causal one."""
     return step.begins and step.seqlen <= tokens and step.mask is None
-
-
-def softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension in float32 (float64 if the scores are), rounded back."""
-    compute = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=compute).to(scores.dtype)

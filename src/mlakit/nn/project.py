@@ -56,17 +56,9 @@ def project(
         return q, join_key(k_nope, k_pe), v
     old_k, old_v = cache.k[: step.bsz, : step.end], cache.v[: step.bsz, : step.end]
     if isinstance(step.start, torch.Tensor):
-        k, v = _only_live(step, old_k, old_v)
-        return q, k, v
+        return q, step.only_live(old_k), step.only_live(old_v)
     if not wants_grad(q, k_nope, v):
         return q, old_k, old_v
     # Copies, as the next step will write to the cache before this one's gradients are computed.
     k = torch.cat((old_k[:, : step.start], join_key(k_nope, k_pe)), dim=1)
     return q, k, torch.cat((old_v[:, : step.start], v), dim=1)
-
-
-def _only_live(step: Step, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    # A weight of 0 does not silence a NaN that lies in an unused place of the cache.
-    position = torch.arange(step.end, device=tensors[0].device)
-    dead = (position >= step.seq_lens(tensors[0].device)[:, None])[..., None, None]
-    return [tensor.masked_fill(dead, 0) for tensor in tensors]

@@ -70,6 +70,28 @@ class Step:
         hidden = key > limit[..., None]
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, :, None]
 
+    def weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """What scores [bsz, seqlen, heads, end], already scaled, make of keys: masked, and their softmax taken."""
+        mask = self.additive_mask(scores.dtype, scores.device)
+        return softmax(scores if mask is None else scores + mask)
+
+    def only_live(self, rows: torch.Tensor) -> torch.Tensor:
+        """A cache's [bsz, end, ...] with zeros where a request has no token, if the host does not know where.
+
+        A weight of 0 does not silence a NaN that lies in an unused place.
+        """
+        if isinstance(self.start, int):
+            return rows
+        position = torch.arange(self.end, device=rows.device)
+        dead = position >= self.seq_lens(rows.device)[:, None]
+        return rows.masked_fill(dead.view(self.bsz, self.end, *[1] * (rows.ndim - 2)), 0)
+
+
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension in float32 (float64 if the scores are), rounded back."""
+    compute = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=compute).to(scores.dtype)
+
 
 def positions_from(start: Start, seqlen: int) -> torch.Tensor | None:
     """Where the new tokens of each request stand, [bsz, seqlen]; None where start is a number."""
