@@ -4,6 +4,40 @@ from typing import Any
 
 from mlakit.studies import correctness, fast_path, k_concat, layers, sparse_prefill
 
+# Name, module, what `mlakit study --help` says of it, and its own first words.
+_STUDIES = (
+    (
+        "k-concat",
+        k_concat,
+        "torch.cat against direct copy against our kernel for building MLA's keys",
+        "Time torch.cat, slice assignment and mlakit's kernel building MLA's keys [B, heads, nope + rope].",
+    ),
+    (
+        "layers",
+        layers,
+        "naive, absorb, naive+flash and fused: latency, throughput and memory of the layer",
+        "Time the implementations of the MLA layer, each checked against float64 first, and say which to use where.",
+    ),
+    (
+        "correctness",
+        correctness,
+        "do the implementations of the layer agree, with each other and with float64?",
+        "Compare the implementations of the MLA layer with each other and with float64, in prefill and decode.",
+    ),
+    (
+        "fast-path",
+        fast_path,
+        "what the layer's path for short sequences gains",
+        "Time the layer's standard path, its short path and the fused layer on short sequences.",
+    ),
+    (
+        "sparse-prefill",
+        sparse_prefill,
+        "attention to selected keys against attention to all: the DeepSeek Sparse Attention demonstration",
+        "Time naive PyTorch, dense attention in three forms and sparse kernels, each checked first.",
+    ),
+)
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -14,45 +48,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     studies = parser.add_subparsers(title="studies", metavar="NAME", dest="study", required=True)
-    concat = studies.add_parser(
-        "k-concat",
-        help="torch.cat against direct copy against our kernel for building MLA's keys",
-        description="Time torch.cat, slice assignment and mlakit's kernel building MLA's keys [B, heads, nope + rope].",
-        allow_abbrev=False,
-    )
-    k_concat.add_arguments(concat)
-    concat.set_defaults(run=k_concat.run)
-    layer = studies.add_parser(
-        "layers",
-        help="naive, absorb, naive+flash and fused: latency, throughput and memory of the layer",
-        description="Time the implementations of the MLA layer, each checked against float64 first, and say which to "
-        "use where.",
-        allow_abbrev=False,
-    )
-    layers.add_arguments(layer)
-    layer.set_defaults(run=layers.run)
-    agreement = studies.add_parser(
-        "correctness",
-        help="do the implementations of the layer agree, with each other and with float64?",
-        description="Compare the implementations of the MLA layer with each other and with float64, in prefill and "
-        "decode.",
-        allow_abbrev=False,
-    )
-    correctness.add_arguments(agreement)
-    agreement.set_defaults(run=correctness.run)
-    short = studies.add_parser(
-        "fast-path",
-        help="what the layer's path for short sequences gains",
-        description="Time the layer's standard path, its short path and the fused layer on short sequences.",
-        allow_abbrev=False,
-    )
-    fast_path.add_arguments(short)
-    short.set_defaults(run=fast_path.run)
-    sparse = studies.add_parser(
-        "sparse-prefill",
-        help="attention to selected keys against attention to all: the DeepSeek Sparse Attention demonstration",
-        description="Time naive PyTorch, dense attention in three forms and sparse kernels, each checked first.",
-        allow_abbrev=False,
-    )
-    sparse_prefill.add_arguments(sparse)
-    sparse.set_defaults(run=sparse_prefill.run)
+    for name, module, summary, description in _STUDIES:
+        study = studies.add_parser(name, help=summary, description=description, allow_abbrev=False)
+        module.add_arguments(study)
+        study.set_defaults(run=module.run)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
 from mlakit.studies.k_concat_options import (
     BATCH_SIZES,
@@ -207,22 +208,9 @@ def _report(options: Options, copy_rate: float | None, rows: list[StudyRow]) -> 
         yield ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study with command-line arguments; returns the exit code (2 for bad input, with one line on stderr)."""
-    parser = _Parser(prog="k-concat", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_study("k-concat", __doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

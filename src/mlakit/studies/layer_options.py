@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
-from mlakit.studies.command import run_study as run_study
 
 IMPLEMENTATIONS = ("naive", "absorb", "naive+flash", "fused")
 DTYPES = ("bf16", "fp8")

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
-from mlakit.studies.layer_options import run_study
 from mlakit.studies.sparse_prefill_options import (
     CONFIGS,
     D_QK,
