@@ -15,7 +15,7 @@ from mlakit.bench.results import Record
 from mlakit.bench.runner import Device, Run, new_session, probe
 from mlakit.bench.table import make_console
 from mlakit.bench.units import rate
-from mlakit.cli.progress import Progress
+from mlakit.bench.progress import Progress
 from mlakit.report.plots import plot_times
 
 RUNS = Path("mlakit-runs")

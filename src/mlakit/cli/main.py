@@ -1,19 +1,17 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command's entry: parses arguments, runs a subcommand, turns errors of the user's into one line."""
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mlakit import __version__
-from mlakit.cli import backends, bench, configs, env, limits, study
+from mlakit.cli import backends, bench, completion, configs, env, exit_codes, limits, study
 
-_SUBCOMMANDS = (bench, study, backends, configs, limits, env)
-
-BAD_INPUT = 2
-BROKEN_DEVICE = 3
-INTERRUPTED = 130
+_SUBCOMMANDS = (bench, study, backends, configs, limits, env, completion)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,54 +20,63 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
+def fail(message: str, code: int = exit_codes.BAD_INPUT) -> NoReturn:
     """End with a line on standard error and an exit code."""
     line = " ".join(message.split())
     print(f"mlakit: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+def build_parser(*, studies: bool = True) -> argparse.ArgumentParser:
+    """The parser of the whole command; without the flags of `studies`, whose modules take 0.1 s to import."""
     parser = _Parser(
         prog="mlakit",
         description="Multi-head Latent Attention: any attention backend, ours or a peer's, measured on any batch, "
         "checked before it is timed.",
-        epilog="First steps: mlakit bench --config quickstart",
+        epilog="first steps:\n  mlakit bench --config quickstart\n  mlakit COMMAND --help\n\n"
+        f"exit codes:\n{exit_codes.table()}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mlakit {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_Parser)
     for module in _SUBCOMMANDS:
-        module.add_parser(subparsers)
+        if module is study:
+            study.add_parser(subparsers, studies=studies)
+        else:
+            module.add_parser(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 fine, 1 nothing succeeded, 2 bad input, 3 a device that does
-    not work, 130 interrupted.
-    """
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    """Run the command; returns the exit code, one of `exit_codes`."""
+    words = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:
+        completion.answer(build_parser())
+    parser = build_parser(studies="study" in words)
+    args = parser.parse_args(words)
     if args.command is None:
         parser.print_help()
-        return 0
+        return exit_codes.DONE
     try:
         return int(args.run(args))
     except ValueError as error:
         fail(_message(error))
-    except RuntimeError as error:
-        from mlakit.bench.process import DeviceError  # here, as most commands end without
-
-        if not isinstance(error, DeviceError):
-            raise
-        fail(str(error), BROKEN_DEVICE)
     except KeyboardInterrupt:
         print("mlakit: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (mlakit ... | head). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return exit_codes.DONE
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception as error:
+        from mlakit.bench.process import DeviceError  # here, as most commands end without
+
+        if isinstance(error, DeviceError):
+            fail(str(error), exit_codes.BROKEN_DEVICE)
+        traceback.print_exc()
+        return exit_codes.BUG
 
 
 def _message(error: ValueError) -> str:

@@ -1,0 +1,22 @@
+"""What the command's exit codes mean, for all of its subcommands: scripts and CI jobs rely on them."""
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+BROKEN_DEVICE = 3
+BUG = 70
+INTERRUPTED = 130
+
+MEANINGS = {
+    DONE: "done",
+    FAILED: "done, and the answer is no: nothing could be measured, a result was wrong, or compare found a regression",
+    BAD_INPUT: "bad input, or a file that cannot be read or written; one line says what was expected",
+    BROKEN_DEVICE: "the device does not work",
+    BUG: "a bug in mlakit; please report the traceback",
+    INTERRUPTED: "interrupted (Ctrl-C); what was measured is kept, and a line says how to go on",
+}
+
+
+def table() -> str:
+    """All of them, a line each."""
+    return "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
