@@ -1,0 +1,132 @@
+"""Tables and plots in documents, made from records between markers: a document never says what its record does not.
+
+    <!-- mlakit report
+    record: ../results/h200/decode.json
+    operation: mla_decode
+    columns: {ours: [hopper, triton], FlashMLA: flash_mla}
+    baseline: FlashMLA
+    -->
+    (here the table is written)
+    <!-- mlakit end -->
+
+Keys are those of `markdown.TableOptions`, in the singular or plural; a single value needs no list. Paths are relative to
+the document. With `plot: FILE.png` the fractions of the limit are drawn into that file, and what is written is the image,
+with `title` as its words.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mlakit.bench.results import write_atomically
+from mlakit.report.load import Value, load_records
+from mlakit.report.markdown import Shown, TableOptions, markdown_report
+
+_MARKED = re.compile(
+    r"(?P<head><!-- mlakit report\n(?P<asked>.*?)-->\n)(?P<content>.*?)(?P<end><!-- mlakit end -->)", re.S
+)
+_START = "<!-- mlakit report"
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+_Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+_Values = Annotated[tuple[Value, ...], BeforeValidator(_listed)]
+
+
+class _Asked(BaseModel):
+    """What a marker says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    records: _Words = Field(alias="record")
+    operations: _Words = Field(default=(), alias="operation")
+    columns: dict[str, _Words] = {}
+    baseline: _Words = ()
+    jobs: _Words = ()
+    select: dict[str, _Values] = {}
+    value: Shown = "time"
+    plot: str | None = None
+    title: str = ""
+
+    def options(self) -> TableOptions:
+        return TableOptions(self.operations, self.columns, self.baseline, self.jobs, self.select, self.value)
+
+
+def update_documents(paths: Sequence[Path], *, check: bool = False) -> list[Path]:
+    """Make anew what stands between markers, and the plots that they name; `check` changes nothing.
+
+    Returns:
+        the documents and plots that were stale, each of them.
+
+    Raises:
+        ValueError: a document that cannot be read or has no marker, a marker that cannot be meant, or a record that is
+            missing or malformed; the message names document and line. Nothing has been written then.
+    """
+    texts = {path: _read(path) for path in paths}
+    plots: dict[Path, bytes] = {}
+    new = {path: _fill(path, text, plots) for path, text in texts.items()}
+    for path, text in texts.items():
+        if text != new[path] and not check:
+            write_atomically(path, new[path])
+    for path, drawn in plots.items():
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(drawn)
+    return [path for path in paths if texts[path] != new[path]] + list(plots)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if text.count(_START) != len(_MARKED.findall(text)):
+        raise ValueError(f"{path}: a marker {_START} --> without its <!-- mlakit end -->, or with nothing in it")
+    return text
+
+
+def _fill(path: Path, text: str, plots: dict[Path, bytes]) -> str:
+    def made(match: re.Match[str]) -> str:
+        try:
+            return f"{match['head']}{_content(path, match['asked'], plots)}{match['end']}"
+        except ValueError as error:
+            line = text.count("\n", 0, match.start()) + 1
+            raise ValueError(f"{path}, line {line}: {error}") from error
+
+    return _MARKED.sub(made, text)
+
+
+def _content(path: Path, asked: str, plots: dict[Path, bytes]) -> str:
+    wanted = _parse(asked)
+    records = load_records([path.parent / name for name in wanted.records])
+    if wanted.plot is None:
+        return markdown_report(records, wanted.options())
+    from mlakit.report.plot_limit import draw_limits, is_current
+
+    file = path.parent / wanted.plot
+    if not is_current(file, records, wanted.options(), wanted.title):
+        plots[file] = draw_limits(records, wanted.options(), wanted.title)
+    return f"![{wanted.title}]({wanted.plot})\n"
+
+
+def _parse(asked: str) -> _Asked:
+    try:
+        content = yaml.safe_load(asked)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the marker is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the marker must hold keys and values, `record: FILE` at least; got {content!r}")
+    try:
+        return _Asked.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        known = ", ".join(field.alias or name for name, field in _Asked.model_fields.items())
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}; keys are {known}") from error
