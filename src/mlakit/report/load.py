@@ -55,8 +55,8 @@ class Measurement:
     `operation` is the kind of job ("attention", "mla_decode", "layer"), `job` its name there (a batch spec, or what the
     record calls it), `phase` "decode", "prefill", "extend", "mixed" or "". `sizes` is what a job is made of: rows with
     the same `job_key` may be compared. `settings` is what one backend may do otherwise than another at the same job.
-    `samples` are all times where the record has them. `checked` is None where the record does not say; those of
-    `make bench-h200` and of the studies hold no time that did not pass.
+    `samples` are all times where the record has them. `version` is the backend's. `checked` is None where the record
+    does not say; those of `make bench-h200` and of the studies hold no time that did not pass.
     """
 
     operation: str
@@ -81,6 +81,7 @@ class Measurement:
     throttled: tuple[str, ...] = ()
     temperature: int | None = None
     clock_mhz: int | None = None
+    version: str = ""
     session: int = 0
 
     @property
@@ -269,5 +270,6 @@ def _bench_row(row: BenchmarkResult) -> Measurement:
         throttled=tuple(gpu.throttle_reasons) if gpu else (),
         temperature=gpu.temperature if gpu else None,
         clock_mhz=gpu.sm_clock if gpu else None,
+        version=row.backend_version or "",
         session=row.session,
     )
