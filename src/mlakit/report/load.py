@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.bench.batch_spec import get_batch_type
-from mlakit.bench.crossover import Crossover, find_crossovers
+from mlakit.bench.crossover import Curve, find_curves, recommend_thresholds
 from mlakit.bench.results import SCHEMA as BENCH_SCHEMA
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, Record
 
@@ -107,7 +107,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class LoadedRecord:
-    """A record file. `differences` are how far results were from one another or from float64 (study correctness)."""
+    """A record file. `curves` are where decode and prefill cross, `conclusions` what follows from them in words, and
+    `differences` how far results were from one another or from float64 (study correctness).
+    """
 
     path: Path
     schema: str
@@ -117,7 +119,8 @@ class LoadedRecord:
     description: str = ""
     complete: bool = True
     planned: int | None = None
-    crossovers: tuple[Crossover, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    conclusions: tuple[str, ...] = ()
     differences: tuple[Mapping[str, Any], ...] = ()
 
     def session(self, row: Measurement) -> Session:
@@ -201,6 +204,7 @@ def _session(content: Mapping[str, Any]) -> Session:
 
 def _bench(path: Path) -> LoadedRecord:
     record = Record.load(path)
+    curves = find_curves(record.rows) if record.mode == "decode_vs_prefill" else []
     sessions = tuple(
         Session(
             environment=session.environment,
@@ -218,7 +222,8 @@ def _bench(path: Path) -> LoadedRecord:
         description=record.description,
         complete=record.complete,
         planned=record.planned,
-        crossovers=tuple(find_crossovers(record.rows)) if record.mode == "decode_vs_prefill" else (),
+        curves=tuple(curves),
+        conclusions=tuple(map(str, (*recommend_thresholds(curves), *curves))),
     )
 
 
