@@ -13,7 +13,7 @@ from mlakit.dims import MLADims, StandardDims, preset
 
 DEFAULT_MLA_MODEL = "deepseek-v3"
 # What a row's numbers do not depend on: left out of its key, so that `--resume` finds it all the same.
-_NOT_MEASURED = {"timeout", "label"}
+_NOT_MEASURED = {"timeout", "label", "batch_name"}
 RECORDED = "recorded"  # pydantic's validation context of a config that is read back from a record
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -74,6 +74,7 @@ class BenchmarkConfig(BaseModel):
     seed: int = 0
     timeout: float = Field(default=300.0, gt=0)
     label: str | None = None
+    batch_name: str | None = None  # what to call a batch whose spec is too long to read
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +112,11 @@ class BenchmarkConfig(BaseModel):
     def title(self) -> str:
         """What the row is called beside others: the sweep's label, or the backend's name."""
         return self.label or self.backend
+
+    @property
+    def batch_title(self) -> str:
+        """What the batch is called in tables and plots: its name, or its spec."""
+        return self.batch_name or self.batch_spec
 
     @property
     def key(self) -> str:

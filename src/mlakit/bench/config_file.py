@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
+from math import exp
 from pathlib import Path
+from random import Random
+from statistics import NormalDist
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -12,10 +15,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mlakit.backends.registry import check_name, is_known, normalize
-from mlakit.bench.batch_spec import multiply_batch, parse_batch_spec
+from mlakit.bench.batch_spec import BatchRequest, multiply_batch, parse_batch_spec, to_batch_spec
 from mlakit.dims import nearest, preset
 
 AUTO = "auto"
+DEFAULT_LABEL = "{backend}_{param_name}_{value}"
 
 
 def _check_spec(spec: str) -> str:
@@ -108,7 +112,7 @@ class Sweep(_Section):
     param_name: str
     values: list[Value] = Field(min_length=1)
     include_auto: bool = False
-    label_format: str = "{backend}_{param_name}_{value}"
+    label_format: str = DEFAULT_LABEL
 
     @model_validator(mode="after")
     def _label(self) -> "Sweep":
@@ -123,6 +127,80 @@ class Sweep(_Section):
     def all_values(self) -> list[int | str]:
         """The values, "auto" first if it is asked for."""
         return [*([AUTO] if self.include_auto and AUTO not in self.values else []), *self.values]
+
+
+class Lengths(_Section):
+    """Lengths drawn from a distribution, rounded, and kept within `min` and `max`.
+
+    "lognormal" has a `median` and a `sigma` (of the logarithm): many short ones and a long tail, as requests have.
+    "normal" has a `mean` and a `std`. "uniform" needs `min` and `max` alone.
+    """
+
+    distribution: Literal["lognormal", "normal", "uniform"] = "lognormal"
+    median: float | None = Field(default=None, gt=0)
+    sigma: float | None = Field(default=None, ge=0)
+    mean: float | None = Field(default=None, gt=0)
+    std: float | None = Field(default=None, ge=0)
+    min: int = Field(default=1, ge=0)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Lengths":
+        given = {name for name in ("median", "sigma", "mean", "std") if getattr(self, name) is not None}
+        wanted = _SHAPE[self.distribution]
+        if given != set(wanted):
+            has = ", ".join(sorted(given)) or "none"
+            raise ValueError(
+                f"{self.distribution} wants {' and '.join(wanted) or 'min and max alone'}; given are {has}"
+            )
+        if self.min > self.max:
+            raise ValueError(f"min must not be above max, got {self.min} and {self.max}")
+        return self
+
+    def draw(self, rng: Random) -> int:
+        """One length."""
+        quantile = min(max(rng.random(), 1e-12), 1 - 1e-12)  # random() and inv_cdf: the same on every machine
+        if self.distribution == "uniform":
+            return self.min + int(quantile * (self.max - self.min + 1))
+        normal = NormalDist().inv_cdf(quantile)
+        if self.distribution == "lognormal":
+            assert self.median is not None
+            assert self.sigma is not None
+            value = self.median * exp(self.sigma * normal)
+        else:
+            assert self.mean is not None
+            assert self.std is not None
+            value = self.mean + self.std * normal
+        return min(max(round(value), self.min), self.max)
+
+
+_SHAPE: dict[str, tuple[str, ...]] = {"lognormal": ("median", "sigma"), "normal": ("mean", "std"), "uniform": ()}
+
+
+class MixPart(_Section):
+    """Requests of one kind: `q_len` new tokens each behind `context` tokens, both a number or `Lengths`."""
+
+    requests: int = Field(ge=1)
+    q_len: Annotated[int, Field(ge=1)] | Lengths = 1
+    context: Annotated[int, Field(ge=0)] | Lengths = 0
+
+
+class BatchMix(_Section):
+    """A batch of many lengths, drawn once from `seed`: the same requests on every machine, in the order of `parts`."""
+
+    name: str = Field(min_length=1)
+    seed: int = 0
+    parts: list[MixPart] = Field(min_length=1)
+
+    def spec(self) -> str:
+        """Its batch spec, which holds every request."""
+        rng = Random(self.seed)
+        requests = []
+        for part in self.parts:
+            for _ in range(part.requests):
+                q_len, context = (x if isinstance(x, int) else x.draw(rng) for x in (part.q_len, part.context))
+                requests.append(BatchRequest(q_len, q_len + context))
+        return to_batch_spec(requests)
 
 
 class BenchmarkSection(_Section):
@@ -183,10 +261,12 @@ class ConfigFile(_Section):
     batch_specs: list[BatchSpec] = []
     batch_spec_ranges: list[SpecRange] = []
     batch_sizes: list[Annotated[int, Field(ge=1)]] = []
+    batch_mixes: list[BatchMix] = []
     backends: list[BackendName] = []
     backend: BackendName | None = None
     backend_parameters: dict[BackendName, dict[str, Value]] = {}
     parameter_sweep: Sweep | None = None
+    parameter_sweeps: list[Sweep] = []
     model_parameter_sweep: Sweep | None = None
     benchmark: BenchmarkSection = BenchmarkSection()
     output: OutputSection = OutputSection()
@@ -201,6 +281,12 @@ class ConfigFile(_Section):
     def _sound(self) -> "ConfigFile":
         if self.backend and self.backends:
             raise ValueError("give backend or backends, not both")
+        names = [mix.name for mix in self.batch_mixes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"batch_mixes have a name twice: {', '.join(names)}")
+        swept = [sweep.param_name for sweep in self.sweeps()]
+        if len(set(swept)) != len(swept):
+            raise ValueError(f"a parameter is swept twice: {', '.join(swept)}")
         for spec in self.specs():
             parse_batch_spec(spec)
         return self
@@ -210,11 +296,19 @@ class ConfigFile(_Section):
         return list(dict.fromkeys([self.backend] if self.backend else self.backends))
 
     def specs(self) -> list[str]:
-        """Every batch spec: the list, the ranges, each times every batch size; without repeats."""
+        """Every batch spec: the list and the ranges, each times every batch size, and the mixes; without repeats."""
         specs = [*self.batch_specs, *(spec for r in self.batch_spec_ranges for spec in r.specs())]
         if self.batch_sizes:
             specs = [multiply_batch(spec, size) for size in self.batch_sizes for spec in specs]
-        return list(dict.fromkeys(specs))
+        return list(dict.fromkeys([*specs, *self.mix_names()]))
+
+    def mix_names(self) -> dict[str, str]:
+        """The mixes' names, by spec."""
+        return {mix.spec(): mix.name for mix in self.batch_mixes}
+
+    def sweeps(self) -> list[Sweep]:
+        """The sweeps of parameters, outermost first; a run goes through their product."""
+        return [*([self.parameter_sweep] if self.parameter_sweep else []), *self.parameter_sweeps]
 
 
 @dataclass(frozen=True)

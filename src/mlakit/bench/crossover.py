@@ -1,57 +1,212 @@
 """From decode-vs-prefill rows to a threshold: up to how many new tokens the decode pipeline is the faster one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from mlakit.bench.config import BenchmarkConfig
-from mlakit.bench.results import BenchmarkResult
+from mlakit.bench.results import BenchmarkResult, faster
+from mlakit.bench.units import percent
+
+Verdict = Literal["decode", "prefill", "tie"]
 
 
 @dataclass(frozen=True)
-class Crossover:
-    """What one backend's rows say for one batch size and sequence length; `backend` is its name, or the sweep's label.
+class Point:
+    """Both pipelines at one q_len; a pipeline that could not run has no row with a time."""
 
-    `threshold` is the largest measured q_len up to which decode was never slower than prefill (0: prefill already wins
-    at the smallest). `next_q_len` is the smallest one at which prefill was faster, None if decode won throughout.
+    q_len: int
+    decode: BenchmarkResult
+    prefill: BenchmarkResult
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The faster pipeline; "tie" where the 95% intervals overlap. A pipeline that cannot run loses; None if
+        neither can.
+        """
+        decode, prefill = self.decode.timing, self.prefill.timing
+        if decode is None or prefill is None:
+            return None if decode is prefill else "prefill" if decode is None else "decode"
+        sign = faster(decode, prefill)
+        return "tie" if sign == 0 else "decode" if sign > 0 else "prefill"
+
+    @property
+    def ratio(self) -> float | None:
+        """Decode's time over prefill's; None unless both have one."""
+        if self.decode.timing is None or self.prefill.timing is None:
+            return None
+        return self.decode.timing.median / self.prefill.timing.median
+
+    @property
+    def lead(self) -> float | None:
+        """By which part of the faster one's time the other is slower."""
+        return None if self.ratio is None else max(self.ratio, 1 / self.ratio) - 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one backend, batch size and sequence length, by q_len; `backend` is its name, or the sweep's label.
+
+    Below, decode is *surely* faster where the intervals of the two times lie apart.
     """
 
     backend: str
     batch_size: int
     kv_len: int
-    threshold: int
-    next_q_len: int | None
-    measured: tuple[int, ...]
+    points: tuple[Point, ...]
+
+    @property
+    def threshold(self) -> int:
+        """The largest measured q_len up to which decode's median was never above prefill's (0: prefill already wins at
+        the smallest).
+        """
+        return max((p.q_len for p in self._before(self.next_q_len)), default=0)
+
+    @property
+    def next_q_len(self) -> int | None:
+        """The smallest q_len at which prefill was faster; None if decode won throughout."""
+        return next((p.q_len for p in self.points if _prefill_wins(p)), None)
+
+    @property
+    def sure_decode(self) -> Point | None:
+        """The last point up to which decode was surely faster at every q_len; None if it was not even at the first."""
+        last = None
+        for point in self.points:
+            if point.verdict != "decode":
+                break
+            last = point
+        return last
+
+    @property
+    def sure_prefill(self) -> Point | None:
+        """The first point from which prefill was surely faster at every q_len; None if it was not even at the last."""
+        first = None
+        for point in reversed(self.points):
+            if point.verdict != "prefill":
+                break
+            first = point
+        return first
+
+    @property
+    def crossings(self) -> int:
+        """How often the surely faster pipeline changes along the curve. Above 1, no threshold is right everywhere."""
+        sides = [p.verdict for p in self.points if p.verdict != "tie"]
+        return sum(a != b for a, b in pairwise(sides))
+
+    def _before(self, q_len: int | None) -> Iterable[Point]:
+        return (p for p in self.points if q_len is None or p.q_len < q_len)
 
     def __str__(self) -> str:
         batch = f"{self.backend}, batch {self.batch_size}, {self.kv_len} keys"
         if self.next_q_len is None:
             return f"{batch}: decode is faster up to q_len {self.threshold}, the longest measured"
         if self.threshold == 0:
-            return f"{batch}: prefill is faster from q_len {self.next_q_len} on, the shortest measured"
-        return f"{batch}: decode is faster up to q_len {self.threshold}, prefill from {self.next_q_len} on"
+            said = f"{batch}: prefill is faster from q_len {self.next_q_len} on, the shortest measured"
+        else:
+            said = f"{batch}: decode is faster up to q_len {self.threshold}, prefill from {self.next_q_len} on"
+        return said + self._how_sure()
+
+    def _how_sure(self) -> str:
+        if self.crossings > 1:
+            changes = f"; the faster one changes {self.crossings} times along the curve"
+            return f"{changes}, so no threshold is right everywhere"
+        low, high = self.sure_decode, self.sure_prefill
+        if low is None and high is None:
+            return "; nowhere do the 95% intervals lie apart"
+        parts = []
+        for name, point, upto in (("decode up to", low, True), ("prefill from", high, False)):
+            if point is None:
+                continue
+            by = f" (by {percent(point.lead)})" if point.lead is not None else " (the other cannot run)"
+            parts.append(f"{name} {point.q_len}{by}" if upto else f"{name} {point.q_len} on{by}")
+        return f"; beyond the noise: {', '.join(parts)}"
+
+
+def _prefill_wins(point: Point) -> bool:
+    return point.verdict == "prefill" if point.ratio is None else point.ratio > 1
 
 
 def _rest(config: BenchmarkConfig) -> str:
     """Everything in a config that two rows of one curve share."""
-    return config.model_dump_json(exclude={"batch_spec", "pipeline", "label", "timeout"})
+    return config.model_dump_json(exclude={"batch_spec", "batch_name", "pipeline", "label", "timeout"})
 
 
-def find_crossovers(rows: Sequence[BenchmarkResult]) -> list[Crossover]:
-    """Crossovers of all pairs of rows that differ in the pipeline alone; batches of unequal requests are left out."""
-    curves: dict[tuple[str, str, int, int], dict[int, dict[str, float]]] = {}
+def find_curves(rows: Sequence[BenchmarkResult]) -> list[Curve]:
+    """Curves of all pairs of rows that differ in the pipeline alone, of which at least one has a time; batches of
+    unequal requests are left out.
+    """
+    curves: dict[tuple[str, str, int, int], dict[int, dict[str, BenchmarkResult]]] = {}
     for row in rows:
         requests = row.config.requests()
-        if row.timing is None or row.config.pipeline == "auto" or len(set(requests)) != 1:
+        if row.config.pipeline == "auto" or len(set(requests)) != 1:
             continue
         title = row.config.title.removesuffix(f"_{row.config.pipeline}")
         curve = curves.setdefault((title, _rest(row.config), len(requests), requests[0].kv_len), {})
-        curve.setdefault(requests[0].q_len, {})[row.config.pipeline] = row.timing.median
+        curve.setdefault(requests[0].q_len, {})[row.config.pipeline] = row
     found = []
     for (title, _, size, kv_len), curve in curves.items():
-        pairs = sorted((q_len, times) for q_len, times in curve.items() if len(times) == 2)
-        if not pairs:
-            continue
-        slower = next((q_len for q_len, times in pairs if times["prefill"] < times["decode"]), None)
-        threshold = max((q_len for q_len, _ in pairs if slower is None or q_len < slower), default=0)
-        found.append(Crossover(title, size, kv_len, threshold, slower, tuple(q for q, _ in pairs)))
+        pairs = (Point(q_len, **both) for q_len, both in sorted(curve.items()) if len(both) == 2)
+        points = tuple(point for point in pairs if point.verdict is not None)
+        if points:
+            found.append(Curve(title, size, kv_len, points))
     return found
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A `reorder_batch_threshold` for all of a backend's curves together, and what it costs where it is wrong.
+
+    `loss` is the largest part by which the pipeline it picks was slower than the other, over all `measured` points;
+    `worst` the (batch size, q_len) of that point, None if it is nowhere wrong.
+    """
+
+    backend: str
+    threshold: int
+    loss: float
+    worst: tuple[int, int] | None
+    measured: int
+
+    def __str__(self) -> str:
+        said = f"{self.backend}: reorder_batch_threshold {self.threshold}"
+        if self.worst is None:
+            return f"{said}; it picks the faster pipeline at all {self.measured} points measured"
+        size, q_len = self.worst
+        where = f"batch {size}, q_len {q_len}"
+        if self.loss == float("inf"):
+            return f"{said}; at {where} the pipeline it picks cannot run"
+        return f"{said}; over {self.measured} points measured it costs at most {percent(self.loss)} ({where})"
+
+
+def recommend_thresholds(curves: Sequence[Curve]) -> list[Recommendation]:
+    """For each backend the measured q_len (or 0) whose largest loss is least; of equals the one that loses least on
+    average, then the smallest.
+    """
+    found = []
+    for backend in dict.fromkeys(curve.backend for curve in curves):
+        mine = [curve for curve in curves if curve.backend == backend]
+        points = [(curve.batch_size, point) for curve in mine for point in curve.points]
+        candidates = sorted({0} | {point.q_len for _, point in points})
+
+        def losses(threshold: int, points: list[tuple[int, Point]] = points) -> list[tuple[float, tuple[int, int]]]:
+            return [(_loss(point, threshold), (size, point.q_len)) for size, point in points]
+
+        def cost(threshold: int) -> tuple[float, float]:
+            each = [loss for loss, _ in losses(threshold)]
+            return max(each), sum(each)
+
+        best = min(candidates, key=lambda threshold: (*cost(threshold), threshold))
+        loss, worst = max(losses(best), key=lambda item: item[0])
+        found.append(Recommendation(backend, best, loss, worst if loss > 0 else None, len(points)))
+    return found
+
+
+def _loss(point: Point, threshold: int) -> float:
+    """What sending this point's requests through the pipeline that a threshold picks costs; a pipeline that cannot run
+    costs everything.
+    """
+    wins = "prefill" if _prefill_wins(point) else "decode"
+    picked = "decode" if point.q_len <= threshold else "prefill"
+    if picked == wins or point.ratio == 1:
+        return 0.0
+    return float("inf") if point.lead is None else point.lead

@@ -1,5 +1,6 @@
 """What a device can do at best, measured on that device in that run: the yardstick of every row."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,3 +65,19 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype = torch.bflo
         read_bytes_per_s=4 * count / read.min,
         flops_per_s=2 * size**3 / product.min,
     )
+
+
+def gpu_ceilings(device: torch.device | str) -> Ceilings | None:
+    """A GPU's ceilings for a study's record, with a word on stderr, as it takes a second; None on a CPU.
+
+    None as well where its memory is too short to measure them (3 GiB): what the study itself measures may fit.
+    """
+    if not device_info(device).is_cuda:
+        return None
+    print("measuring the ceilings ...", file=sys.stderr, flush=True)
+    try:
+        return measure_ceilings(device)
+    except torch.OutOfMemoryError:
+        print("not measured: too little free memory on the GPU", file=sys.stderr, flush=True)
+    torch.cuda.empty_cache()
+    return None

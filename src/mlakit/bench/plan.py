@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from mlakit.backends import registry
 from mlakit.backends.base import REORDER_BATCH_THRESHOLD, Attention, Parameter
 from mlakit.bench.config import BenchmarkConfig, complete_dims, infer_attention
-from mlakit.bench.config_file import AUTO, ConfigFile, LoadedConfig, Sweep
+from mlakit.bench.config_file import AUTO, DEFAULT_LABEL, ConfigFile, LoadedConfig, Sweep
 from mlakit.dims import nearest
 
 # Sizes that a sweep may vary beside the backends' own parameters.
@@ -58,10 +59,12 @@ def settings_for(loaded: LoadedConfig | None, flags: dict[str, Any], *, cpu: boo
         )
     content = base.model_dump(exclude_unset=True, by_alias=True)
     if "batch_specs" in flags:
-        replaced = [key for key in ("batch_spec_ranges", "batch_sizes") if content.pop(key, None)]
+        replaced = [key for key in ("batch_spec_ranges", "batch_sizes", "batch_mixes") if content.pop(key, None)]
         notes += [f"--batch-specs replaces {key} of {loaded.name}" for key in replaced]
     if "backends" in flags and content.pop("backend", None):
         notes.append(f"--backends replaces backend of {loaded.name}")
+    if "parameter_sweep" in flags and content.pop("parameter_sweeps", None):
+        notes.append(f"--sweep-param replaces parameter_sweeps of {loaded.name}")
     for key, value in flags.items():
         before = content.get(key)
         another_sweep = key == "parameter_sweep" and before and before.get("param_name") != value["param_name"]
@@ -121,16 +124,24 @@ def make_plan(settings: Settings, device: str) -> Plan:
         notes.append(f"no backend was named; all that compute {kind} attention run: {', '.join(backends)}")
     parameters = _declared_parameters(backends)
     base = _base(content, kind, device)
-    points = _sweep_points(content.model_parameter_sweep, content.parameter_sweep, parameters, backends)
+    _check_sweeps(content, parameters, backends)
+    outer = content.model_parameter_sweep
+    inner = content.sweeps()
+    # Sizes before batches and parameters within them, so that what is compared is measured close together.
+    sizes = [sweep for sweep in inner if sweep.param_name in MODEL_PARAMETERS]
+    inner = [sweep for sweep in inner if sweep not in sizes]
+    sizes = [outer, *sizes] if outer is not None else sizes
+    names = content.mix_names()
 
     rows = []
-    for model_value in points[0]:
+    for size_point in product(*(sweep.all_values() for sweep in sizes)):
         for spec in specs:
             for backend in backends:
-                for value in points[1]:
-                    settings_row = {**base, "backend": backend, "batch_spec": spec}
-                    labels = _apply(settings_row, content, backend, parameters, model_value, value)
-                    rows += _expand_row(settings_row, labels, content, spec)
+                for point in product(*(sweep.all_values() for sweep in inner)):
+                    row = {**base, "backend": backend, "batch_spec": spec, "batch_name": names.get(spec)}
+                    _give_parameters(row, content, parameters[backend])
+                    swept = [*zip(sizes, size_point, strict=True), *zip(inner, point, strict=True)]
+                    rows += _expand_row(row, _apply(row, swept, parameters[backend]), content)
     rows = list({row.key: row for row in rows}.values())
     output = content.output.model_dump(by_alias=True)
     return Plan(rows, settings.name, content.description, content.mode, output, notes)
@@ -163,52 +174,49 @@ def _base(content: ConfigFile, kind: Attention, device: str) -> dict[str, Any]:
     return {**base, **model, "model": content.model.name}
 
 
-def _sweep_points(
-    model_sweep: Sweep | None, sweep: Sweep | None, parameters: dict[str, dict[str, Parameter]], backends: Sequence[str]
-) -> tuple[list[Any], list[Any]]:
+def _check_sweeps(content: ConfigFile, parameters: dict[str, dict[str, Parameter]], backends: Sequence[str]) -> None:
+    model_sweep = content.model_parameter_sweep
     if model_sweep is not None and model_sweep.param_name not in MODEL_PARAMETERS:
         raise ValueError(
             f"model_parameter_sweep of unknown {model_sweep.param_name!r}; "
             f"{nearest(model_sweep.param_name, MODEL_PARAMETERS)}"
         )
     known = [MODEL_PARAMETERS, *parameters.values()]
-    if sweep is not None and not any(sweep.param_name in names for names in known):
-        having = "; ".join(f"{name} has {', '.join(parameters[name]) or 'none'}" for name in backends)
-        raise ValueError(
-            f"no selected backend has a parameter {sweep.param_name!r} ({having}); "
-            f"a sweep may also vary {', '.join(MODEL_PARAMETERS)}"
-        )
-    return (
-        model_sweep.all_values() if model_sweep else [None],
-        sweep.all_values() if sweep else [None],
-    )
+    for sweep in content.sweeps():
+        if not any(sweep.param_name in names for names in known):
+            having = "; ".join(f"{name} has {', '.join(parameters[name]) or 'none'}" for name in backends)
+            raise ValueError(
+                f"no selected backend has a parameter {sweep.param_name!r} ({having}); "
+                f"a sweep may also vary {', '.join(MODEL_PARAMETERS)}"
+            )
+        if model_sweep is not None and sweep.param_name == model_sweep.param_name:
+            raise ValueError(f"a parameter is swept twice: {sweep.param_name}")
 
 
-def _apply(
-    row: dict[str, Any],
-    content: ConfigFile,
-    backend: str,
-    parameters: dict[str, dict[str, Parameter]],
-    model_value: Any,
-    value: Any,
-) -> list[str]:
-    """Set the backend's own parameters and this point of the sweeps; returns the labels of the sweeps."""
-    labels = []
+def _give_parameters(row: dict[str, Any], content: ConfigFile, known: dict[str, Parameter]) -> None:
+    """Set what the config's section of the row's backend says."""
+    backend = row["backend"]
     for name, given in content.backend_parameters.get(backend, {}).items():
-        if name not in parameters[backend]:
-            raise ValueError(f"{backend} has no parameter {name!r}; {nearest(name, parameters[backend])}")
-        _set_parameter(row, parameters[backend][name], given)
-    for sweep, point in ((content.model_parameter_sweep, model_value), (content.parameter_sweep, value)):
-        if sweep is None:
-            continue
+        if name not in known:
+            raise ValueError(f"{backend} has no parameter {name!r}; {nearest(name, known)}")
+        _set_parameter(row, known[name], given)
+
+
+def _apply(row: dict[str, Any], swept: Sequence[tuple[Sweep, Any]], known: dict[str, Parameter]) -> list[str]:
+    """Set one point of the sweeps; returns their labels."""
+    labels = []
+    for sweep, value in swept:
         if sweep.param_name in MODEL_PARAMETERS:
-            if point != AUTO:
-                row[sweep.param_name] = point
-        elif sweep.param_name in parameters[backend]:
-            _set_parameter(row, parameters[backend][sweep.param_name], point)
+            if value != AUTO:
+                row[sweep.param_name] = value
+        elif sweep.param_name in known:
+            _set_parameter(row, known[sweep.param_name], value)
         else:
             continue  # another backend's parameter: this one runs once, unswept, for comparison
-        labels.append(sweep.label_format.format(backend=backend, param_name=sweep.param_name, value=point))
+        label_format = sweep.label_format
+        if labels and label_format == DEFAULT_LABEL:
+            label_format = label_format.removeprefix("{backend}_")  # the first label has named it
+        labels.append(label_format.format(backend=row["backend"], param_name=sweep.param_name, value=value))
     return labels
 
 
@@ -220,7 +228,7 @@ def _set_parameter(row: dict[str, Any], parameter: Parameter, value: Any) -> Non
         row["parameters"] = {**row.get("parameters", {}), parameter.name: parsed}
 
 
-def _expand_row(row: dict[str, Any], labels: list[str], content: ConfigFile, spec: str) -> list[BenchmarkConfig]:
+def _expand_row(row: dict[str, Any], labels: list[str], content: ConfigFile) -> list[BenchmarkConfig]:
     """One row a variant: cold and hot L2, both pipelines."""
     label = " ".join(labels) or None
     row = complete_dims({k: v for k, v in row.items() if v is not None})

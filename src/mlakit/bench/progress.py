@@ -57,7 +57,7 @@ class Progress(Listener):
 
     def started(self, config: BenchmarkConfig) -> None:
         """See `Listener`."""
-        self._title = f"{config.title} on {config.batch_spec}: "
+        self._title = f"{config.title} on {config.batch_title}: "
         self.stage("starting")
 
     def finished(self, row: BenchmarkResult) -> None:
@@ -71,7 +71,7 @@ class Progress(Listener):
             limit = f" ({percent(row.fraction_of_limit)} of the limit)" if row.fraction_of_limit else ""
             outcome = f"{seconds(row.timing.median)}{limit}"
         left = time_left(time.monotonic() - self._started, self._done, self._expected)
-        self.say(f"[{self._done}/{self._expected}] {row.config.title} on {row.config.batch_spec}: {outcome}{left}")
+        self.say(f"[{self._done}/{self._expected}] {row.config.title} on {row.config.batch_title}: {outcome}{left}")
 
 
 def time_left(elapsed: float, done: int, expected: int) -> str:

@@ -49,6 +49,11 @@ class TimingRow(_Model):
     samples: list[float]
 
 
+def faster(one: TimingRow, other: TimingRow) -> int:
+    """1 if one time is below the other, -1 if above, 0 if their 95% intervals overlap: no telling them apart."""
+    return 1 if one.ci95[1] < other.ci95[0] else -1 if one.ci95[0] > other.ci95[1] else 0
+
+
 class CheckRow(_Model):
     """How far the worst part's output was from float64, and what was allowed (2x eager PyTorch's own error)."""
 
@@ -175,6 +180,7 @@ class Record(_Model):
     complete: bool = False
     sessions: list[Session]
     rows: list[BenchmarkResult] = []
+    findings: list[str] = []  # what a study concluded from the rows, in words
 
     def save(self, path: Path) -> None:
         """Write the file in one step: a reader, or a kill at any moment, finds the old or the new one, never half of

@@ -97,39 +97,76 @@ class Run:
 
     def execute(self) -> Record:
         """Measure what is missing. On KeyboardInterrupt the record is complete up to the last finished row."""
-        workers: dict[str, Worker] = {}
-        with tempfile.TemporaryDirectory(prefix="mlakit-") as scratch:
-            try:
-                for config in self.missing():
-                    self.listener.started(config)
-                    row = self._measure(config, workers, scratch)
-                    row.session = len(self.record.sessions) - 1
-                    self.record.rows.append(row)
-                    self._save()
-                    self.listener.finished(row)
-            finally:
-                for worker in workers.values():
-                    worker.close()
-        self._save()
+        with Meter(self.device, self.record, self._save, self.listener) as meter:
+            for config in self.missing():
+                meter.row(config)
+        self._save(self.record)
         return self.record
 
-    def _save(self) -> None:
-        self.record.complete = not self.missing()
-        self.save(self.record)
+    def _save(self, record: Record) -> None:
+        record.complete = not self.missing()
+        self.save(record)
 
-    def _measure(self, config: BenchmarkConfig, workers: dict[str, Worker], scratch: str) -> BenchmarkResult:
-        worker = workers.get(config.backend)
+
+class Meter:
+    """Measures rows as they are asked for and keeps them in a record, for a run whose next row depends on the last.
+
+    Use it as a context: a worker process a backend lives as long as it does. `save` is called after every row.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        record: Record,
+        save: Callable[[Record], None] = lambda record: None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.device = device
+        self.record = record
+        self._save = save
+        self._listener = listener or Listener()
+        self._workers: dict[str, Worker] = {}
+        self._have = {row.config.key: row for row in record.rows}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "Meter":
+        self._scratch = tempfile.TemporaryDirectory(prefix="mlakit-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def row(self, config: BenchmarkConfig) -> BenchmarkResult:
+        """The record's row of this config, measured now if there is none."""
+        if (known := self._have.get(config.key)) is not None:
+            return known
+        self._listener.started(config)
+        row = self._measure(config)
+        row.session = len(self.record.sessions) - 1
+        self.record.rows.append(row)
+        self._have[config.key] = row
+        self._save(self.record)
+        self._listener.finished(row)
+        return row
+
+    def _measure(self, config: BenchmarkConfig) -> BenchmarkResult:
+        assert self._scratch is not None, "a Meter is a context"
+        worker = self._workers.get(config.backend)
         if worker is None or not worker.alive:
-            worker = workers[config.backend] = Worker()
+            worker = self._workers[config.backend] = Worker()
         request = {
             "command": "row",
             "config": config.model_dump(mode="json"),
             "ceilings": self.device.ceilings[config.dtype],
-            "scratch": scratch,
+            "scratch": self._scratch.name,
         }
         started = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            answer = worker.request(request, timeout=config.timeout, on_stage=self.listener.stage)
+            answer = worker.request(request, timeout=config.timeout, on_stage=self._listener.stage)
         except WorkerTimeoutError as error:
             return BenchmarkResult(config=config, status="timeout", error=f"{error} (--timeout)", started=started)
         except WorkerDiedError as error:

@@ -107,7 +107,7 @@ def _checked(row: BenchmarkResult, batch: _Batch) -> str:
 def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
     one_size = len({(r.config.num_q_heads, r.config.num_kv_heads) for r in rows}) <= 1
     columns = [
-        _Column("batch", lambda r, b: r.config.batch_spec if r is b.rows[0] else "", 0, right=False),
+        _Column("batch", lambda r, b: r.config.batch_title if r is b.rows[0] else "", 0, right=False),
         _Column("type", lambda r, b: get_batch_type(r.config.batch_spec) if r is b.rows[0] else "", 6, right=False),
         _Column("backend", lambda r, b: r.config.title, 0, right=False),
         _Column("mode", _mode, 8, right=False),
@@ -158,7 +158,7 @@ def print_reasons(console: Console, rows: Sequence[BenchmarkResult]) -> None:
     """One line for each row that has no time, with its reason."""
     for row in rows:
         if not row.success:
-            reason = f"{row.config.title} on {row.config.batch_spec}: {STATUS_WORDS[row.status]}: {row.error}"
+            reason = f"{row.config.title} on {row.config.batch_title}: {STATUS_WORDS[row.status]}: {row.error}"
             console.print(Text(reason, style="yellow"), soft_wrap=not console.is_terminal)
 
 

@@ -104,9 +104,15 @@ def add_parser(subparsers: Any) -> None:
 
     sweep = parser.add_argument_group("parameter sweeps")
     sweep.add_argument(
-        "--sweep-param", metavar="PARAM", help="a backend's parameter (reorder_batch_threshold) or a size (num_q_heads)"
+        "--sweep-param",
+        action="append",
+        metavar="PARAM",
+        help="a backend's parameter (reorder_batch_threshold) or a size (num_q_heads, for tensor parallelism); "
+        "given several times, each with its --sweep-values, all combinations run",
     )
-    sweep.add_argument("--sweep-values", nargs="+", metavar="VALUE", help="its values, whole numbers or auto")
+    sweep.add_argument(
+        "--sweep-values", action="append", nargs="+", metavar="VALUE", help="its values: whole numbers, words or auto"
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--output-csv", metavar="FILE", help="save the rows as CSV")
@@ -129,8 +135,11 @@ def flags(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.backend and args.backends:
         raise ValueError("give --backend or --backends, not both")
-    if bool(args.sweep_param) != bool(args.sweep_values):
-        raise ValueError("--sweep-param and --sweep-values go together")
+    swept, values = args.sweep_param or [], args.sweep_values or []
+    if len(swept) != len(values):
+        raise ValueError(
+            f"--sweep-param and --sweep-values go together, one of each; given are {len(swept)} and {len(values)}"
+        )
     model = ("num_layers", "head_dim", "num_q_heads", "num_kv_heads", "block_size")
     how = (
         "device", "repeats", "warmup_iters", "l2", "cuda_graph", "scope", "profile_memory", "check", "timeout", "seed",
@@ -145,9 +154,12 @@ def flags(args: argparse.Namespace) -> dict[str, Any]:
         "batch_specs": args.batch_specs,
         "backends": [args.backend] if args.backend else args.backends,
     }
-    if args.sweep_param:
-        values = [int(v) if v.lstrip("-").isdigit() else v for v in args.sweep_values]
-        sections["parameter_sweep"] = {"param_name": args.sweep_param, "values": values}
+    sweeps = [
+        {"param_name": name, "values": [int(v) if v.lstrip("-").isdigit() else v for v in given]}
+        for name, given in zip(swept, values, strict=True)
+    ]
+    if sweeps:
+        sections["parameter_sweep"], *sections["parameter_sweeps"] = sweeps
     return {key: value for key, value in sections.items() if value}
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.bench import config_file
-from mlakit.bench.crossover import find_crossovers
+from mlakit.bench.crossover import find_curves, recommend_thresholds
 from mlakit.bench.formatter import ResultsFormatter
 from mlakit.bench.plan import Plan, make_plan, settings_for
+from mlakit.bench.progress import Progress
 from mlakit.bench.results import Record
 from mlakit.bench.runner import Device, Run, new_session, probe
 from mlakit.bench.table import make_console
 from mlakit.bench.units import rate
-from mlakit.bench.progress import Progress
 from mlakit.report.plots import plot_times
 
 RUNS = Path("mlakit-runs")
@@ -141,8 +141,9 @@ def _show(record: Record, plan: Plan, paths: _Paths, err: Any) -> int:
     ResultsFormatter(out).print_table(rows)
     if plan.mode == "decode_vs_prefill":
         out.print()
-        for crossover in find_crossovers(rows):
-            out.print(str(crossover), soft_wrap=True)
+        curves = find_curves(rows)
+        for line in (*curves, *recommend_thresholds(curves)):
+            out.print(str(line), soft_wrap=True)
     plotted = paths.plot is not None and plot_times(record, paths.plot)
     if err is not None:
         places = [("record", paths.json), ("table", paths.csv), ("plot", paths.plot if plotted else None)]

@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
     """Run it."""
     import json
 
+    from mlakit.bench.progress import Progress
     from mlakit.bench.runner import probe
     from mlakit.bench.table import make_console
     from mlakit.bench.units import rate
-    from mlakit.bench.progress import Progress
 
     with Progress(make_console(stderr=True), quiet=args.json) as progress:
         device = probe(args.device, args.dtype, progress)

@@ -78,7 +78,7 @@ def plot_times(record: Record, path: Path) -> bool:
 
 
 def _batch_label(group: Sequence[BenchmarkResult]) -> str:
-    return group[0].config.batch_spec.replace("_", "_\n")
+    return group[0].config.batch_title.replace("_", "_\n")
 
 
 def _title(record: Record, left_out: int) -> str:
