@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = parse_options(args)
     from mlakit.bench.environment import describe_environment
-    from mlakit.bench.limits import measure_ceilings
+    from mlakit.bench.limits import gpu_ceilings
     from mlakit.bench.units import rate
     from mlakit.hardware import device_info
 
@@ -154,10 +154,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
     info = device_info(options.device)
-    ceilings = None
-    if info.is_cuda:
-        print("measuring the copy ceiling ...", file=sys.stderr, flush=True)
-        ceilings = measure_ceilings(options.device)
+    ceilings = gpu_ceilings(options.device)
     if not info.is_cuda:
         if args.batch_sizes is None:
             sizes = f"{options.batch_sizes[0]} to {options.batch_sizes[-1]}"

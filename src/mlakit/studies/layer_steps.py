@@ -243,12 +243,12 @@ def stamp(options: Options) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mlakit.bench.environment import describe_environment
-    from mlakit.bench.limits import measure_ceilings
+    from mlakit.bench.limits import gpu_ceilings
     from mlakit.hardware import device_info
 
-    info = device_info(options.device)
+    ceilings = gpu_ceilings(options.device)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": describe_environment(info),
-        "ceilings": asdict(measure_ceilings(options.device)) if info.is_cuda else None,
+        "environment": describe_environment(device_info(options.device)),
+        "ceilings": asdict(ceilings) if ceilings else None,
     }

@@ -231,17 +231,14 @@ def run(args: argparse.Namespace) -> int:
     """
     options = parse_options(args)
     from mlakit.bench.environment import describe_environment
-    from mlakit.bench.limits import measure_ceilings
+    from mlakit.bench.limits import gpu_ceilings
     from mlakit.hardware import device_info
 
     for path in (args.output_json, args.output_csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
     info = device_info(options.device)
-    ceilings = None
-    if info.is_cuda:
-        print("measuring the ceilings ...", file=sys.stderr, flush=True)
-        ceilings = measure_ceilings(options.device)
+    ceilings = gpu_ceilings(options.device)
     print(f"Using device: {info.name}")
     if not info.is_cuda:
         if args.configs is None:
