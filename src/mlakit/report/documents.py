@@ -9,9 +9,9 @@
     (here the table is written)
     <!-- mlakit end -->
 
-Keys are those of `markdown.TableOptions`, in the singular or plural; a single value needs no list. Paths are relative to
-the document. With `plot: FILE.png` the fractions of the limit are drawn into that file, and what is written is the image,
-with `title` as its words.
+Keys are `record`, `operation`, `columns`, `baseline`, `jobs`, `select` and `value` (see `grid.TableOptions`); one
+value needs no list. Paths are relative to the document. With `plot: FILE.png` the fractions of the limit are drawn into
+that file, and what is written is the image, with `title` as its words. Markers in blocks of code are left alone.
 """
 
 import re
@@ -23,13 +23,16 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mlakit.bench.results import write_atomically
+from mlakit.report.grid import Shown, TableOptions
 from mlakit.report.load import Value, load_records
-from mlakit.report.markdown import Shown, TableOptions, markdown_report
+from mlakit.report.markdown import markdown_report
 
 _MARKED = re.compile(
-    r"(?P<head><!-- mlakit report\n(?P<asked>.*?)-->\n)(?P<content>.*?)(?P<end><!-- mlakit end -->)", re.S
+    r"^```.*?^```"  # a block of code, whatever is in it
+    r"|(?P<head>^<!-- mlakit report\n(?P<asked>.*?)-->\n)(?:(?!^<!-- mlakit report).)*?(?P<end>^<!-- mlakit end -->)"
+    r"|(?P<open>^<!-- mlakit report)",  # and nothing that ends it
+    re.DOTALL | re.MULTILINE,
 )
-_START = "<!-- mlakit report"
 
 
 def _listed(value: Any) -> Any:
@@ -66,10 +69,12 @@ def update_documents(paths: Sequence[Path], *, check: bool = False) -> list[Path
         the documents and plots that were stale, each of them.
 
     Raises:
-        ValueError: a document that cannot be read or has no marker, a marker that cannot be meant, or a record that is
+        ValueError: a document that cannot be read, no marker in any, a marker that cannot be meant, or a record that is
             missing or malformed; the message names document and line. Nothing has been written then.
     """
     texts = {path: _read(path) for path in paths}
+    if not any(match["head"] for text in texts.values() for match in _MARKED.finditer(text)):
+        raise ValueError(f"no `<!-- mlakit report` marker in {', '.join(map(str, paths))}")
     plots: dict[Path, bytes] = {}
     new = {path: _fill(path, text, plots) for path, text in texts.items()}
     for path, text in texts.items():
@@ -84,20 +89,21 @@ def update_documents(paths: Sequence[Path], *, check: bool = False) -> list[Path
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if text.count(_START) != len(_MARKED.findall(text)):
-        raise ValueError(f"{path}: a marker {_START} --> without its <!-- mlakit end -->, or with nothing in it")
-    return text
 
 
 def _fill(path: Path, text: str, plots: dict[Path, bytes]) -> str:
     def made(match: re.Match[str]) -> str:
+        line = text.count("\n", 0, match.start()) + 1
+        if match["open"]:
+            raise ValueError(f"{path}, line {line}: a marker without `<!-- mlakit end -->` after it")
+        if not match["head"]:
+            return match[0]
         try:
-            return f"{match['head']}{_content(path, match['asked'], plots)}{match['end']}"
+            return f"{match['head']}\n{_content(path, match['asked'], plots)}\n{match['end']}"
         except ValueError as error:
-            line = text.count("\n", 0, match.start()) + 1
             raise ValueError(f"{path}, line {line}: {error}") from error
 
     return _MARKED.sub(made, text)

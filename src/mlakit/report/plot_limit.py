@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlakit.report.grid import TableOptions, fractions_of_limit
 from mlakit.report.load import LoadedRecord
-from mlakit.report.markdown import TableOptions, fractions_of_limit
 from mlakit.report.plots import COLOURS
 
 _DRAWN = "mlakit"  # the key in the file's metadata under which the digest of what it shows is kept
