@@ -165,13 +165,18 @@ def print_reasons(console: Console, rows: Sequence[BenchmarkResult]) -> None:
 def _fit(columns: Sequence[_Column], lines: Sequence[Sequence[str]], width: int) -> list[int]:
     """Indices of the columns that fit into `width`."""
     widths = [max(len(c.title), *(len(line[i]) for line in lines)) for i, c in enumerate(columns)]
-    keep = list(range(len(columns)))
-    while sum(widths[i] + 3 for i in keep) - 3 > width:  # rich sets columns three apart
-        droppable = [i for i in keep if columns[i].keep > 0]
+    return fit(widths, [c.keep for c in columns], width)
+
+
+def fit(widths: Sequence[int], keep: Sequence[int], width: int) -> list[int]:
+    """Indices of the columns of a table that fit into `width`: those with the highest `keep` go first, and 0 stays."""
+    kept = list(range(len(widths)))
+    while sum(widths[i] + 3 for i in kept) - 3 > width:  # rich sets columns three apart
+        droppable = [i for i in kept if keep[i] > 0]
         if not droppable:
             break
-        keep.remove(max(droppable, key=lambda i: columns[i].keep))
-    return keep
+        kept.remove(max(droppable, key=lambda i: keep[i]))
+    return kept
 
 
 def make_console(*, stderr: bool = False) -> Console:
