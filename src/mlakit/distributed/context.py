@@ -4,6 +4,8 @@ Each rank attends to the keys that it holds, for all heads, and the ranks exchan
 `kv_lora_rank` and a log-sum-exp for each token and head, whatever the length of the context.
 """
 
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -47,7 +49,7 @@ def context_parallel_decode(
         softmax_scale: multiplies the scores.
         kv_lora_rank: width of the value.
         query_heads: which heads q holds, "all" or "own".
-        out_heads: which heads the result is wanted for, "all" on every rank or this rank's "own"; None: as `query_heads`.
+        out_heads: which heads the result is wanted for, "all" on every rank or this rank's "own"; None: those of q.
         exchange: how partial results travel. "all_to_all" sends each rank its own heads' (and gathers what is merged,
             where all are wanted), the least bytes; "all_gather" sends all of them to every rank in one collective. None
             takes "all_gather" where all heads are wanted and there are two ranks, which then costs no more bytes, or
@@ -69,7 +71,7 @@ def context_parallel_decode(
     ranks = mesh.size()
     batch, q_len, given, _ = q.shape
     heads = given * ranks if query_heads == "own" else given
-    options = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
     if ranks == 1:
         return _attend(q, cache, block_table, seq_lens, **options)
     swaps = _swaps(heads, ranks, out_heads, exchange)
@@ -171,22 +173,22 @@ def _attend(
             into.out.zero_()
             into.lse.fill_(-torch.inf)
         return out, lse
-    options = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
     if into is not None:
         lengths = seq_lens if seq_lens.ndim == 1 else seq_lens.flatten()
         view = into.out.transpose(0, 1)
-        out, lse = mla_decode(q, cache, block_table, lengths, causal=False, out=view, **options)  # type: ignore[arg-type]
+        out, lse = mla_decode(q, cache, block_table, lengths, causal=False, out=view, **options)
         into.lse.copy_(lse.transpose(0, 1))
         return out, lse
     if seq_lens.ndim == 1:
-        return mla_decode(q, cache, block_table, seq_lens, causal=False, **options)  # type: ignore[arg-type]
+        return mla_decode(q, cache, block_table, seq_lens, causal=False, **options)
     if q_len == 1:
-        return mla_decode(q, cache, block_table, seq_lens.flatten(), causal=False, **options)  # type: ignore[arg-type]
+        return mla_decode(q, cache, block_table, seq_lens.flatten(), causal=False, **options)
     return _attend_causally(q, cache, block_table, seq_lens, options)
 
 
 def _attend_causally(
-    q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, options: dict
+    q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New tokens that see different keys: the whole pages that all of them see, for all at once, and the rest for each
     as if it were a request of its own.

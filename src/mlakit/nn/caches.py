@@ -7,6 +7,7 @@ import torch
 from mlakit.cache import gather_latent
 from mlakit.cache.layout import fp8_row_bytes, pack_fp8, unpack_fp8
 from mlakit.concat import concat_k
+from mlakit.decode import mla_decode
 from mlakit.nn.args import Args
 
 Start = int | torch.Tensor
@@ -143,6 +144,25 @@ class LatentCache:
     def is_fp8(self) -> bool:
         """Whether the latent is kept in float8."""
         return self.pages.dtype == torch.uint8
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all tokens lie in `pages`, and not some of them elsewhere."""
+        return True
+
+    def attend(self, q: torch.Tensor, seq_lens: torch.Tensor, *, softmax_scale: float, causal: bool) -> torch.Tensor:
+        """`mla_decode` of absorbed queries [bsz, q_len, heads, latent_dim], the result [bsz, q_len, heads, rank]."""
+        table = self.block_table[: q.shape[0]]
+        out, _ = mla_decode(
+            q,
+            self.pages,
+            table,
+            seq_lens,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            kv_lora_rank=self.kv_lora_rank,
+        )
+        return out
 
     def slots(self, start: Start, bsz: int, seqlen: int) -> torch.Tensor:
         """Where the new tokens go, [bsz * seqlen] int64: page * page_size + offset."""

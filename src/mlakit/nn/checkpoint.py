@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mlakit.nn.args import Args
-from mlakit.nn.checkpoint_names import BLOCK, DTYPES, F8, OURS, Stored, choose, hf_name, parse, problems_of, require
+from mlakit.nn.checkpoint_names import (
+    BLOCK,
+    DTYPES,
+    F8,
+    OURS,
+    Cut,
+    Stored,
+    choose,
+    cut_of,
+    hf_name,
+    parse,
+    problems_of,
+    require,
+)
 from mlakit.nn.hf_config import args_from_hf_config as args_from_hf_config
 from mlakit.nn.mla import MultiheadLatentAttention
 from mlakit.quant import weight_dequant, weight_quant
@@ -45,14 +59,22 @@ def convert_hf_state_dict(
         ValueError: tensors are missing, misshapen, of a wrong dtype or not the layer's, or there is no such layer; all
             of it in one message.
     """
-    found = {name: Stored(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+    found = {
+        name: Stored(name, tuple(t.shape), t.dtype, lambda cut, t=t: t)  # type: ignore[misc]
+        for name, t in tensors.items()
+    }
     chosen = choose(found.values(), layer, "the tensors")
     require(problems_of(chosen, args), "tensors do not fit the layer")
     return {name: _converted(name, stored, args, rope_interleave) for name, stored in chosen.items()}
 
 
 def load_checkpoint(
-    model: MultiheadLatentAttention, path: str | Path, *, layer: int | None = None, rope_interleave: bool | None = None
+    model: MultiheadLatentAttention,
+    path: str | Path,
+    *,
+    layer: int | None = None,
+    rope_interleave: bool | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, str]:
     """Fill a layer's parameters from a checkpoint.
 
@@ -66,6 +88,7 @@ def load_checkpoint(
         layer: which; None if there is only one.
         rope_interleave: as in `convert_hf_state_dict`; None looks it up in the config.json beside the checkpoint, and
             takes True if there is none.
+        part: (i, n): the layer has the i-th n-th of the checkpoint's heads, and only their rows and columns are read.
 
     Returns:
         What was done to each parameter: "copied", "dequantized" or "quantized".
@@ -77,14 +100,20 @@ def load_checkpoint(
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the layer's parameters must have memory to be loaded into, got the meta device: to_empty()")
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part must be (i, n) with i in 0 to n - 1, got {part}")
     path = Path(path)
+    whole = replace(model.args, n_heads=model.args.n_heads * part[1])
     with ExitStack() as stack:
         files = _files(path)
         chosen = choose(_stored(files, stack), layer, str(path))
-        require(problems_of(chosen, model.args), f"{path} does not fit the layer")
+        require(problems_of(chosen, whole), f"{path} does not fit the layer")
         if rope_interleave is None:
             rope_interleave = _rope_interleave(path)
-        new = {name: _converted(name, stored, model.args, rope_interleave) for name, stored in chosen.items()}
+        cuts = {name: cut_of(name, whole, part) for name in chosen}
+        new = {
+            name: _converted(name, stored, model.args, rope_interleave, cuts[name]) for name, stored in chosen.items()
+        }
     own = model.state_dict()
     ready: dict[str, torch.Tensor] = {}
     done: dict[str, str] = {}
@@ -193,12 +222,19 @@ def _stored(files: Mapping[Path, list[str] | None], stack: ExitStack) -> Iterabl
                 name,
                 tuple(part.get_shape()),
                 DTYPES.get(kind, kind),
-                lambda handle=handle, name=name: handle.get_tensor(name),  # type: ignore[misc]
+                lambda cut, handle=handle, name=name: _read(handle, name, cut),  # type: ignore[misc]
             )
 
 
-def _converted(name: str, stored: Stored, args: Args, rope_interleave: bool) -> torch.Tensor:
-    tensor = stored.read()
+def _read(handle: Any, name: str, cut: Cut | None) -> torch.Tensor:
+    if cut is None:
+        return handle.get_tensor(name)
+    dim, begin, end = cut
+    return handle.get_slice(name)[begin:end] if dim == 0 else handle.get_slice(name)[:, begin:end]
+
+
+def _converted(name: str, stored: Stored, args: Args, rope_interleave: bool, cut: Cut | None = None) -> torch.Tensor:
+    tensor = stored.read(cut)
     if name.endswith(".scale"):
         return tensor.float()
     heads = {"wq.weight": args.n_heads, "wq_b.weight": args.n_heads, "wkv_a.weight": 1}.get(name)

@@ -38,14 +38,20 @@ DTYPES = {
 }  # fmt: skip
 
 
+# Rows or columns of a tensor: (dimension, begin, end).
+Cut = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that may be on disk: what is known of it before it is read. An unheard-of dtype is its name."""
+    """A tensor that may be on disk: what is known of it before it is read, which may be in part. An unheard-of dtype is
+    its name.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    read: Callable[[], torch.Tensor]
+    read: Callable[[Cut | None], torch.Tensor]
 
 
 def parse(name: str) -> tuple[str, int | None, str] | None:
@@ -117,6 +123,37 @@ def shapes_of(args: Args) -> dict[str, tuple[int, ...]]:
         "wkv_b.weight": (heads * (args.qk_nope_head_dim + args.v_head_dim), rank),
         "wo.weight": (args.dim, heads * args.v_head_dim),
     }
+
+
+def cut_of(name: str, args: Args, part: tuple[int, int]) -> Cut | None:
+    """What of a tensor belongs to part i of n of the heads, given as (i, n); None for all of it, as of those that the
+    heads share. `args` are of the layer with all heads.
+
+    Raises:
+        ValueError: the heads cannot be divided so.
+    """
+    index, parts = part
+    module, _, kind = name.partition(".")
+    widths = {
+        "wq": (0, args.qk_head_dim),
+        "wq_b": (0, args.qk_head_dim),
+        "wkv_b": (0, args.qk_nope_head_dim + args.v_head_dim),
+        "wo": (1, args.v_head_dim),
+    }
+    if parts == 1 or module not in widths:
+        return None
+    if args.n_heads % parts:
+        raise ValueError(f"{args.n_heads} heads cannot be divided into {parts} parts; expected a divisor of them")
+    dim, width = widths[module]
+    size = args.n_heads // parts * width
+    if kind == "weight":
+        return dim, index * size, (index + 1) * size
+    if size % BLOCK:
+        raise ValueError(
+            f"{name} cannot be divided into {parts} parts of {size}: a scale belongs to {BLOCK} of them; dequantize it "
+            "first, or take fewer parts"
+        )
+    return dim, index * size // BLOCK, (index + 1) * size // BLOCK
 
 
 def problems_of(found: Mapping[str, Stored], args: Args) -> list[str]:
