@@ -95,6 +95,31 @@ def test_step_under_a_cuda_graph(impl):
             torch.testing.assert_close(out[request : request + 1], one, rtol=2e-2, atol=2e-2)
 
 
+def test_branches_of_a_graph_keep_out_of_each_others_memory():
+    """Four layers one after another, so that what a layer's branch frees is the next one's to take."""
+    layers = [make_layers(torch.bfloat16, device="cuda", impls=("fused",), **DEEPSEEK)["fused"] for _ in range(4)]
+    freqs, caches = layers[0].precompute_freqs_cis(), [layer.make_cache(4) for layer in layers]
+
+    def step(x, start):
+        for layer, cache in zip(layers, caches, strict=True):
+            x = x + layer(x, start, freqs, None, cache)
+        return x
+
+    x, start = random_x(layers[0], 4, 1), torch.tensor([200, 17, 64, 0], dtype=torch.int32, device="cuda")
+    for cache in caches:
+        cache.pages.normal_()
+    step(x, start)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(x, start)
+    for lengths in ([200, 17, 64, 0], [5, 199, 0, 130]):
+        x.copy_(random_x(layers[0], 4, 1))
+        start.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        torch.testing.assert_close(out, step(x, start), rtol=1e-2, atol=1e-2)
+
+
 def _copy(cache, layer, request):
     if isinstance(cache, LatentCache):
         pages = cache.pages[cache.block_table[request].long()]

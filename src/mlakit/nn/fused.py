@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlakit.cache import append_latent
-from mlakit.decode import mla_decode
 from mlakit.merge import merge_states
+from mlakit.nn.branch import Branch
 from mlakit.nn.caches import LatentCache, join_key
 from mlakit.nn.flash import attend_in_parts, batched_attention, has_kernel, refuse_mask
 from mlakit.nn.project import rotate_query, wants_grad
@@ -28,11 +28,19 @@ CONTEXT_TOKENS = 8192
 def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
     """[bsz, seqlen, dim] to heads' outputs side by side, [bsz, seqlen, n_heads * v_head_dim]."""
     refuse_mask(layer.attn_impl, step)
-    q, kv = layer.query(x), layer.wkv_a(x)
-    if step.cache is not None:
-        _append(layer, kv.detach(), step)
-    if not isinstance(step.start, int) or (not step.begins and step.seqlen <= MQA_TOKENS and not wants_grad(q, kv)):
-        return _attend_in_mqa_mode(layer, q, step).flatten(2)
+    branch = Branch(x.device)  # the query's two projections take longer than all that the cache needs
+    with branch.inside():
+        kv = layer.wkv_a(x)
+        if step.cache is not None:
+            _append(layer, kv.detach(), step)
+        seq_lens = step.seq_lens(x.device)
+    q = layer.query(x)
+    # Keys and values can be expanded from tokens that are here; those of a cache in pieces are attended to where they
+    # lie.
+    few = step.seqlen <= MQA_TOKENS or (isinstance(step.cache, LatentCache) and not step.cache.is_whole)
+    if not isinstance(step.start, int) or (not step.begins and few and not wants_grad(q, kv)):
+        return _attend_in_mqa_mode(layer, q, step, seq_lens, branch).flatten(2)
+    branch.join()
     return _attend_in_mha_mode(layer, q, kv, step).flatten(2)
 
 
@@ -62,7 +70,9 @@ def _append(layer: "MultiheadLatentAttention", kv: torch.Tensor, step: Step) -> 
         cache.filled = step.end
 
 
-def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step: Step) -> torch.Tensor:
+def _attend_in_mqa_mode(
+    layer: "MultiheadLatentAttention", q: torch.Tensor, step: Step, seq_lens: torch.Tensor, branch: Branch
+) -> torch.Tensor:
     """Absorb the keys' up-projection into the query, attend to the latent, project the values up."""
     cache, args = step.cache, layer.args
     assert isinstance(cache, LatentCache)
@@ -77,28 +87,23 @@ def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step
     by_head = absorbed.view(tokens, heads, args.latent_dim)[..., :rank].transpose(0, 1)
     _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
     step.rotate(q_pe, out=absorbed[..., rank:])
+    branch.join()
 
     if cache.is_fp8:
-        out = _attend_to_fp8_cache(absorbed, cache, step, layer.softmax_scale)
+        out = _attend_to_fp8_cache(absorbed, cache, step, seq_lens, layer.softmax_scale)
     else:
-        out, _ = mla_decode(
-            absorbed,
-            cache.pages,
-            cache.block_table[: step.bsz],
-            step.seq_lens(q.device),
-            softmax_scale=layer.softmax_scale,
-            causal=step.causal,
-            kv_lora_rank=rank,
-        )
+        out = cache.attend(absorbed, seq_lens, softmax_scale=layer.softmax_scale, causal=step.causal)
     result = q.new_empty(tokens, heads, args.v_head_dim)
     _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
     return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
 
 
-def _attend_to_fp8_cache(q: torch.Tensor, cache: LatentCache, step: Step, scale: float) -> torch.Tensor:
+def _attend_to_fp8_cache(
+    q: torch.Tensor, cache: LatentCache, step: Step, seq_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Sparse attention that is told to look at every token, as its kernel is the one that reads the float8 cache."""
     slots = cache.all_slots(step.bsz, step.end)
-    limits = step.seq_lens(q.device)[:, None].expand(-1, step.seqlen)
+    limits = seq_lens[:, None].expand(-1, step.seqlen)
     if step.causal:
         limits = limits - torch.arange(step.seqlen - 1, -1, -1, device=q.device, dtype=torch.int32)
     out, _ = mla_sparse_decode(
