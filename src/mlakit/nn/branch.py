@@ -24,12 +24,12 @@ class Branch:
 
     def __init__(self, device: torch.device) -> None:
         self._side: torch.cuda.Stream | None = None
-        if device.type == "cuda" and not torch.compiler.is_compiling():
-            if torch.cuda.is_current_stream_capturing():
-                self._side = _SIDES.get(device)
-                if self._side is None:
-                    self._side = _SIDES[device] = torch.cuda.Stream(device)
-                self._side.wait_stream(torch.cuda.current_stream(device))
+        if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+            return
+        if device not in _SIDES:
+            _SIDES[device] = torch.cuda.Stream(device)
+        self._side = _SIDES[device]
+        self._side.wait_stream(torch.cuda.current_stream(device))
 
     def inside(self) -> AbstractContextManager[object]:
         """A context whose kernels are the branch's."""
