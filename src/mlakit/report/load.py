@@ -149,7 +149,7 @@ def load_record(path: Path) -> LoadedRecord:
         return LoadedRecord(
             path=path,
             schema=schema,
-            name=path.stem,
+            name=path.parent.name if path.stem == "record" and path.parent.name else path.stem,
             sessions=(_session(content),),
             rows=tuple(rows),
             complete=bool(content.get("complete", True)),

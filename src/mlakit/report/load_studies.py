@@ -50,6 +50,10 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     narrow = "fp8" in f"{row['op']} {row['impl']} {sizes.get('dtype', '')}"
     least, bound = limit(ceilings, flops, bytes_, narrow)
     operation, named = str(row["op"]), str(row.get("row") or row.get("shape") or "")
+    # Words of the name that no field tells, such as "ragged": those jobs are of another kind.
+    told = {*sizes, *(str(value) for value in sizes.values()), *operation.split("_")}
+    if kinds := [word for word in named.split() if word.isalpha() and word not in told]:
+        sizes["kind"] = " ".join(kinds)
     return Measurement(
         operation=operation,
         job=named or ", ".join(f"{name} {value}" for name, value in sizes.items()),

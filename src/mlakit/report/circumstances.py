@@ -1,0 +1,107 @@
+"""What a reader must know before believing a number: machines, software, and what was wrong while it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlakit.bench.units import percent, rate
+from mlakit.report.load import LoadedRecord, Measurement, Session
+
+# Of a record's environment, what a time can depend on, and how people call it.
+_WORDS = {
+    "device": "device", "driver": "driver", "cuda": "CUDA", "torch": "torch", "triton": "triton", "mlakit": "mlakit",
+    "commit": "commit", "python": "Python", "system": "system", "threads": "CPU threads",
+}  # fmt: skip
+_MACHINE = ("device", "driver", "system", "threads")
+_WIDE = 0.1  # an interval that reaches further from its median than this is worth a word
+_CLOCKS_DIFFER = 0.05  # the same for the clocks of a session's rows
+
+
+def environment(records: Sequence[LoadedRecord]) -> list[dict[str, Any]]:
+    """One column for each session: {"record", "started", "facts": {word: text}}."""
+    return [
+        {"record": record.name, "started": session.started or "", "facts": _facts(session)}
+        for record in records
+        for session in record.sessions
+    ]
+
+
+def _facts(session: Session) -> dict[str, str]:
+    facts = {word: _text(name, session.environment) for name, word in _WORDS.items()}
+    for dtype, most in session.ceilings.items():
+        facts["memory ceiling"] = rate(most.bytes_per_s, "B/s")
+        facts[f"{dtype} ceiling"] = rate(most.flops_per_s, "FLOP/s")
+    if session.peers:
+        facts["other libraries"] = ", ".join(f"{name} {version}" for name, version in session.peers.items())
+    return {word: text for word, text in facts.items() if text}
+
+
+def _text(name: str, environment: Mapping[str, Any]) -> str:
+    value = environment.get(name)
+    if isinstance(value, Mapping):
+        value = value.get("name")
+    return "" if value is None else str(value)
+
+
+def warnings(records: Sequence[LoadedRecord]) -> list[str]:
+    """Sentences for the top of a report, those that weigh most first; none if there is nothing to say."""
+    found = _differing_machines(records)
+    for record in records:
+        found += [f"{record.name}: {line}" for line in _of_record(record)]
+    return found
+
+
+def _differing_machines(records: Sequence[LoadedRecord]) -> list[str]:
+    sessions = [session for record in records for session in record.sessions]
+    values = {name: list(dict.fromkeys(_text(name, session.environment) for session in sessions)) for name in _WORDS}
+    found = []
+    for what, names in (("Machines", _MACHINE), ("Software", [name for name in _WORDS if name not in _MACHINE])):
+        differing = [name for name in names if len(values[name]) > 1]
+        if differing:
+            words = "; ".join(f"{_WORDS[name]} {' and '.join(v or 'unknown' for v in values[name])}" for name in differing)
+            found.append(f"{what} differ{'s' * (what == 'Software')} between the records, compare them with care: {words}")
+    return found
+
+
+def _of_record(record: LoadedRecord) -> list[str]:
+    rows, timed = record.rows, [row for row in record.rows if row.seconds]
+    found = []
+    if not record.complete:
+        of = f" of {record.planned}" if record.planned else ""
+        found.append(f"incomplete, {len(rows)}{of} rows measured (the same command with --resume goes on)")
+    if wrong := [row for row in rows if row.status in ("wrong", "unwritten")]:
+        found.append(f"{_rows(wrong)} gave a wrong result and got no time: {_which(wrong)}")
+    if differing := [d for d in record.differences if not d.get("agrees", True)]:
+        pairs = ", ".join(dict.fromkeys(f"{d.get('first')} and {d.get('second')}" for d in differing))
+        found.append(f"implementations disagree: {pairs}")
+    if held := [row for row in timed if row.throttled]:
+        reasons = ", ".join(sorted({reason for row in held for reason in row.throttled}))
+        kind = "thermal" if "thermal" in reasons else "throttled"
+        found.append(f"{kind}: the GPU held itself back ({reasons}) in {_rows(held)}: {_which(held)}")
+    for index in range(len(record.sessions)):
+        clocks = [row.clock_mhz for row in timed if row.clock_mhz and row.session == index]
+        if clocks and max(clocks) - min(clocks) > _CLOCKS_DIFFER * max(clocks):
+            found.append(f"clocks differ between rows: {min(clocks)} to {max(clocks)} MHz")
+    if unchecked := [row for row in timed if row.checked is False]:
+        found.append(f"{_rows(unchecked)} timed without a check of the result")
+    wide = [
+        row for row in timed
+        if row.seconds and row.interval and max(row.seconds - row.interval[0], row.interval[1] - row.seconds)
+        > _WIDE * row.seconds
+    ]  # fmt: skip
+    if wide:
+        found.append(f"noisy: the 95% interval of {_rows(wide)} is wider than ±{percent(_WIDE)}: {_which(wide)}")
+    commits = {str(session.environment.get("commit")) for session in record.sessions}
+    if any(commit.endswith("+dirty") for commit in commits):
+        found.append("measured with changes that were not committed")
+    return found
+
+
+def _rows(rows: Sequence[Measurement]) -> str:
+    return f"{len(rows)} row{'s' if len(rows) > 1 else ''}"
+
+
+def _which(rows: Sequence[Measurement], most: int = 3) -> str:
+    named = [f"{row.backend} on {row.job}" for row in rows[:most]]
+    return ", ".join(named) + (f" and {len(rows) - most} more" if len(rows) > most else "")

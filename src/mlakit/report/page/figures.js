@@ -1,0 +1,136 @@
+// Figures. Their heights follow from what they show, their colours from the page's.
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const narrow = () => document.documentElement.clientWidth <= 640;
+const MOST_JOBS = 60;
+
+function layout(more) {
+  const line = style("--line"), axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const { xaxis, yaxis, ...rest } = more;
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
+    font: { color: style("--text"), family: "system-ui, sans-serif", size: narrow() ? 11 : 13 },
+    margin: { l: 10, r: 14, t: 10, b: 40 }, dragmode: narrow() ? false : "zoom",
+    hoverlabel: { bgcolor: style("--panel"), bordercolor: line, font: { color: style("--text") }, align: "left" },
+    legend: { orientation: "h", yanchor: "bottom", y: 1.0, x: 0, xanchor: "left" },
+    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
+  };
+}
+function plot(id, traces, more) {
+  const node = element(id);
+  if (!traces.length) { Plotly.purge(node); node.replaceChildren(make("p", { className: "hint" }, "Nothing to draw of what is chosen.")); return; }
+  if (!node.querySelector(".plot-container")) node.replaceChildren();
+  Plotly.react(node, traces, layout(more), { responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+}
+const marker = (backend, extra = {}) => ({ color: look(backend).colour, symbol: look(backend).mark, size: 9, ...extra });
+function hover(row) {
+  const job = JOBS[row.job], gain = speedup(row), lines = [
+    `<b>${safe(row.backend)}</b>`, safe(job.title),
+    `${time(row.time)} ${known(row.low) ? `(${time(row.low)} to ${time(row.high)})` : ""}`,
+  ];
+  if (ofLimit(row)) lines.push(`${percent(ofLimit(row))} of the limit (${row.bound})`);
+  if (gain && gain.base !== row) lines.push(`${factor(gain.value)} the speed of ${safe(gain.base.backend)}`);
+  if (known(row.memory)) lines.push(`${size(row.memory)} beside its inputs`);
+  return lines.join("<br>");
+}
+
+const METRICS = {
+  time: { title: "Time", axis: "time, s (log scale)", value: (row) => row.time, bounds: (row) => [row.low, row.high], log: true, unit: "s",
+    hint: "Further left is faster. Whiskers: 95% intervals; grey ticks: the least time that the device allows." },
+  speedup: { title: "Speed-up", axis: "times as fast as the baseline (log scale)", value: (row) => { const g = speedup(row); return g ? g.value : null; },
+    bounds: (row) => { const g = speedup(row); return g ? [g.low, g.high] : [null, null]; }, log: true, unit: "", line: 1,
+    hint: "Further right is faster." },
+  limit: { title: "Of the limit", axis: "fraction of what the device can do", value: ofLimit, bounds: () => [null, null], unit: "%",
+    hint: "100% is the least time at the measured ceilings; a job that runs from the cache can pass it." },
+  memory: { title: "Memory", axis: "memory beside the inputs, bytes (log scale)", value: (row) => (row.memory > 0 ? row.memory : null), bounds: () => [null, null], log: true, unit: "B",
+    hint: "The peak that a call takes on top of its inputs; with the cache, for layers." },
+  host: { title: "Host", axis: "time of the calling thread, s (log scale)", value: (row) => row.host, bounds: () => [null, null], log: true, unit: "s",
+    hint: "What the calling thread spends in a call; where it is longer than the device's time, the device waits." },
+};
+
+function drawCompare(jobs) {
+  const rows = jobs.flatMap(rowsOf);
+  const possible = Object.entries(METRICS).filter(([, metric]) => rows.some((row) => known(metric.value(row))));
+  if (!possible.some(([name]) => name === chosen.metric)) chosen.metric = possible[0]?.[0] ?? "time";
+  element("metric").replaceChildren(...possible.map(([name, { title }]) => make("button", {
+    type: "button", ariaPressed: String(name === chosen.metric), onclick: () => { chosen.metric = name; drawCompare(jobs); element("metric").querySelector('[aria-pressed="true"]').focus(); },
+  }, title)));
+  const metric = METRICS[chosen.metric];
+  const with_value = jobs.filter((job) => rowsOf(job).some((row) => known(metric.value(row))));
+  const shown = with_value.slice(0, MOST_JOBS);
+  const extra = with_value.length > shown.length ? ` The first ${shown.length} of ${with_value.length} batches; name one above for others.` : "";
+  element("compare-hint").textContent = metric.hint + extra;
+  const places = new Map(shown.map((job, index) => [job.index, index]));
+  const names = distinct(shown.flatMap(rowsOf).map((row) => row.backend)).sort((a, b) => backendsShown().indexOf(a) - backendsShown().indexOf(b));
+  const traces = names.map((name) => {
+    const mine = shown.flatMap(rowsOf).filter((row) => row.backend === name && known(metric.value(row)));
+    const bounds = mine.map(metric.bounds), values = mine.map(metric.value);
+    return {
+      type: "scatter", mode: "markers", name: safe(name), x: values, y: mine.map((row) => places.get(row.job)), marker: marker(name),
+      error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: look(name).colour, visible: bounds.some(([low]) => known(low)),
+        array: bounds.map(([, high], i) => (known(high) ? high - values[i] : 0)), arrayminus: bounds.map(([low], i) => (known(low) ? values[i] - low : 0)) },
+      hovertext: mine.map(hover), hoverinfo: "text",
+    };
+  }).filter((trace) => trace.x.length);
+  const limits = shown.map((job) => least(rowsOf(job).map((row) => row.limit ?? Infinity)));
+  if (chosen.metric === "time" && limits.some(Number.isFinite)) {
+    traces.push({ type: "scatter", mode: "markers", name: "limit", x: limits.map((v) => (Number.isFinite(v) ? v : null)), y: shown.map((_, i) => i),
+      marker: { symbol: "line-ns", size: 13, line: { width: 2, color: style("--dim") }, color: style("--dim") }, hoverinfo: "text",
+      hovertext: limits.map((v) => (Number.isFinite(v) ? `least possible: ${time(v)}` : "")) });
+  }
+  const legend_lines = Math.ceil(traces.length / (narrow() ? 2 : 6));
+  plot("compare", traces, {
+    height: 90 + 24 * legend_lines + (shown.length > 20 ? 22 : 30) * Math.max(shown.length, 2),
+    margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
+    xaxis: { title: { text: metric.axis }, side: "bottom", ...axisOf(metric, traces) },
+    yaxis: { tickmode: "array", tickvals: shown.map((_, i) => i), ticktext: shown.map((job) => safe(short(job.title))), range: [shown.length - 0.5, -0.5], zeroline: false },
+    shapes: metric.line ? [{ type: "line", x0: metric.line, x1: metric.line, yref: "paper", y0: 0, y1: 1, line: { color: style("--dim"), width: 1, dash: "dot" } }] : [],
+  });
+}
+const short = (title) => (narrow() && title.length > 20 ? `${title.slice(0, 19)}…` : title.length > 44 ? `${title.slice(0, 43)}…` : title);
+
+// Ticks with units: 1, 2 and 5 of each power of ten that the data spans.
+function axisOf(metric, traces) {
+  const values = traces.flatMap((trace) => trace.x).filter((value) => known(value) && value > 0);
+  return ticks(values, metric.log, metric.unit);
+}
+function ticks(values, log, unit) {
+  if (unit === "%") return { tickformat: ".0%", rangemode: "tozero" };
+  if (!log || !values.length) return {};
+  const low = Math.log10(least(values)), high = Math.log10(most(values));
+  const steps = high - low > 2.2 ? [1] : high - low > 1.3 ? [1, 3] : [1, 2, 5];
+  const at = [];
+  for (let power = Math.floor(low) - 1; power <= Math.ceil(high); power++) for (const step of steps) at.push(step * 10 ** power);
+  const text = { s: time, B: size, "": (value) => `${Number(value.toPrecision(3))}×`, n: (value) => rate(value, "").trim(), FLOP: (value) => rate(value, "FLOP/s") }[unit];
+  const pad = Math.max(0.04 * (high - low), 0.03);
+  return { type: "log", range: [low - pad, high + pad], tickmode: "array", tickvals: at, ticktext: at.map(text) };
+}
+
+function drawRoofline(jobs) {
+  const rows = jobs.flatMap(rowsOf).filter((row) => row.time && row.flops && row.bytes);
+  const devices = distinct(jobs.map((job) => job.device));
+  const dtypes = distinct(jobs.map((job) => job.sizes.dtype).filter(known));
+  const all = DATA.roofs.filter((roof) => devices.includes(roof.device));
+  const roofs = all.some((roof) => dtypes.includes(roof.dtype)) ? all.filter((roof) => dtypes.includes(roof.dtype)) : all;
+  element("roofline-section").hidden = !rows.length || !roofs.length;
+  if (!rows.length || !roofs.length) return;
+  const spread = rows.map((row) => row.flops / row.bytes);
+  const ridges = roofs.map((roof) => roof.flops / roof.bytes);
+  const low = Math.min(least(spread), least(ridges)) / 3, high = Math.max(most(spread), most(ridges)) * 3;
+  const traces = roofs.map((roof) => {
+    const x = [low, roof.flops / roof.bytes, high];
+    const name = `${roofs.length > 1 && devices.length > 1 ? `${roof.device}, ` : ""}${roof.dtype}: ${rate(roof.bytes, "B/s")}, ${rate(roof.flops, "FLOP/s")}`;
+    return { type: "scatter", mode: "lines", name: safe(name), x, y: x.map((v) => Math.min(v * roof.bytes, roof.flops)), hoverinfo: "name", line: { color: style("--dim"), width: 2 } };
+  });
+  for (const name of distinct(rows.map((row) => row.backend))) {
+    const mine = rows.filter((row) => row.backend === name);
+    traces.push({ type: "scatter", mode: "markers", name: safe(name), x: mine.map((row) => row.flops / row.bytes), y: mine.map((row) => row.flops / row.time),
+      marker: marker(name), hovertext: mine.map((row) => `${hover(row)}<br>${rate(row.flops / row.time, "FLOP/s")}, ${rate(row.bytes / row.time, "B/s")}`), hoverinfo: "text" });
+  }
+  const reached = traces.flatMap((trace) => trace.y);
+  const legend_lines = Math.ceil(traces.length / (narrow() ? 2 : 5));
+  element("roofline-hint").textContent = "Operations a second over operations a byte, both as the job needs them at least. The line is what this device reached at best: left of its bend memory is the limit, right of it the units that multiply.";
+  plot("roofline", traces, { height: 420 + 22 * legend_lines, margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
+    xaxis: { title: { text: "FLOP a byte (log scale)" }, type: "log", range: [Math.log10(low), Math.log10(high)], dtick: 1 },
+    yaxis: { title: { text: narrow() ? "" : "reached (log scale)" }, ...ticks(reached, true, "FLOP") } });
+}
