@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mlakit.bench import timing
 from mlakit.bench.timing import capture, time_calls
+from mlakit.concat import concat_k
 from mlakit.decode import mla_decode
 
 Call = Callable[[], object]
@@ -33,6 +34,11 @@ SCALE, RANK, PAGE = 192**-0.5, 512, 64
 BATCHES = [(1, 16, 8192), (16, 16, 1024), (64, 16, 4096), (1, 128, 8192), (128, 128, 2048)]  # requests, heads, keys
 SAMPLES = 40
 FLUSH_BYTES = 2**28
+
+
+@triton.jit
+def _empty_kernel(number):
+    pass
 
 
 def decode_inputs(batch: int, heads: int, keys: int) -> tuple[torch.Tensor, ...]:
@@ -76,7 +82,12 @@ def jobs() -> Iterator[tuple[str, Call]]:
     for mib in (1, 64):
         source = torch.randn(mib * 2**18, device="cuda")
         yield f"copy {mib} MiB", partial(torch.empty_like(source).copy_, source)
+    # What the smallest kernels take is what no launch can be shorter than.
     yield "add to 64 numbers", partial(torch.zeros(64, device="cuda").add_, 1)
+    yield "empty Triton kernel", lambda: _empty_kernel[(1,)](0, num_warps=1)
+    k_nope, k_pe = torch.randn(32, 128, 128, device="cuda").bfloat16(), torch.randn(32, 1, 64, device="cuda").bfloat16()
+    keys = torch.empty(32, 128, 192, dtype=torch.bfloat16, device="cuda")
+    yield "concat_k of 32 tokens", lambda: concat_k(k_nope, k_pe, out=keys)
 
 
 def by_events(call: Call, *, head_start: float = 3.0, flush: str = "write", graph: bool = False) -> float:
