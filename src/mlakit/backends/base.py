@@ -44,7 +44,7 @@ class Parameter:
     """A setting that can be given and swept.
 
     `minimum` and `maximum` bound an int (inclusive); `choices` lists what a str may be. "auto" is always accepted and
-    means: not given.
+    means: not given. `tunes`: it makes a call faster or slower; otherwise it only says what is in it.
     """
 
     name: str
@@ -53,6 +53,16 @@ class Parameter:
     minimum: int | None = None
     maximum: int | None = None
     choices: tuple[str, ...] = ()
+    tunes: bool = True
+
+    def candidates(self, most: int = 64) -> list[int | str]:
+        """Values worth a try beside "auto": each choice, all of a few numbers, else powers of two; up to `most`."""
+        if self.type is str:
+            return list(self.choices)
+        low, high = self.minimum or 0, most if self.maximum is None else min(most, self.maximum)
+        if high - low < 4:
+            return list(range(low, high + 1))
+        return [2**i for i in range(high.bit_length()) if low <= 2**i <= high]
 
     @property
     def values(self) -> str:

@@ -28,7 +28,11 @@ class FlashAttnMLA(Backend):
     extra_parameters = (
         Parameter("num_splits", int, "pieces that a request's keys are cut into in decode", minimum=1, maximum=256),
         Parameter(
-            "metadata", str, "decode's schedule: once a batch (default) or in each call", choices=("batch", "call")
+            "metadata",
+            str,
+            "decode's schedule: once a batch (default) or in each call",
+            choices=("batch", "call"),
+            tunes=False,
         ),
     )
 

@@ -33,7 +33,11 @@ class FlashMLA(Peer):
     only_this_generation = True
     extra_parameters = (
         Parameter(
-            "metadata", str, "decode's metadata: once a batch (default) or in each call", choices=("batch", "call")
+            "metadata",
+            str,
+            "decode's metadata: once a batch (default) or in each call",
+            choices=("batch", "call"),
+            tunes=False,
         ),
     )
 

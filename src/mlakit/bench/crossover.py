@@ -90,9 +90,13 @@ class Curve:
 
     @property
     def crossings(self) -> int:
-        """How often the surely faster pipeline changes along the curve. Above 1, no threshold is right everywhere."""
-        sides = [p.verdict for p in self.points if p.verdict != "tie"]
-        return sum(a != b for a, b in pairwise(sides))
+        """How often the surely faster pipeline changes along the curve."""
+        return changes(self.points)[0]
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether one threshold is right everywhere: the faster pipeline changes at most once, to prefill."""
+        return changes(self.points)[1]
 
     def _before(self, q_len: int | None) -> Iterable[Point]:
         return (p for p in self.points if q_len is None or p.q_len < q_len)
@@ -108,9 +112,9 @@ class Curve:
         return said + self._how_sure()
 
     def _how_sure(self) -> str:
-        if self.crossings > 1:
-            changes = f"; the faster one changes {self.crossings} times along the curve"
-            return f"{changes}, so no threshold is right everywhere"
+        if not self.is_simple:
+            times = f"{self.crossings} times" if self.crossings > 1 else "from prefill to decode"
+            return f"; the faster one changes {times} along the curve, so no threshold is right everywhere"
         low, high = self.sure_decode, self.sure_prefill
         if low is None and high is None:
             return "; nowhere do the 95% intervals lie apart"
@@ -121,6 +125,15 @@ class Curve:
             by = f" (by {percent(point.lead)})" if point.lead is not None else " (the other cannot run)"
             parts.append(f"{name} {point.q_len}{by}" if upto else f"{name} {point.q_len} on{by}")
         return f"; beyond the noise: {', '.join(parts)}"
+
+
+def changes(points: Iterable[Point]) -> tuple[int, bool]:
+    """How often the surely faster pipeline changes along points by q_len, and whether that is at most once and from
+    decode to prefill.
+    """
+    sides = [p.verdict for p in points if p.verdict in ("decode", "prefill")]
+    count = sum(a != b for a, b in pairwise(sides))
+    return count, count == 0 or (count == 1 and sides[0] == "decode")
 
 
 def _prefill_wins(point: Point) -> bool:

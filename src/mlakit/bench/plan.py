@@ -89,6 +89,18 @@ def _short(value: Any) -> str:
     return str(value.get("values", value)) if isinstance(value, dict) else str(value)
 
 
+def planned_dtypes(loaded: LoadedConfig | None, flags: dict[str, Any]) -> dict[str, set[str]]:
+    """By the kind of device, "cpu" or "cuda", the dtypes that a plan names on it: what to measure ceilings for.
+
+    Raises:
+        ValueError: there is no plan to make of it.
+    """
+    return {
+        kind: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=kind == "cpu"), name).rows}
+        for kind, name in (("cpu", "cpu"), ("cuda", "cuda:0"))
+    }
+
+
 def attention_of(content: ConfigFile, backends: Sequence[str]) -> Attention:
     """MLA or standard attention: as said, else as the model or its dimensions say, else as the backends do.
 
@@ -204,7 +216,7 @@ def _give_parameters(row: dict[str, Any], content: ConfigFile, known: dict[str, 
 
 def _apply(row: dict[str, Any], swept: Sequence[tuple[Sweep, Any]], known: dict[str, Parameter]) -> list[str]:
     """Set one point of the sweeps; returns their labels."""
-    labels = []
+    labels: list[str] = []
     for sweep, value in swept:
         if sweep.param_name in MODEL_PARAMETERS:
             if value != AUTO:

@@ -35,6 +35,19 @@ _STUDIES = (
         "attention to selected keys against attention to all: the DeepSeek Sparse Attention demonstration",
         "Time naive PyTorch, dense attention in three forms and sparse kernels, each checked first.",
     ),
+    (
+        "reorder-threshold",
+        "reorder_threshold",
+        "up to how many new tokens the decode pipeline is faster than the prefill pipeline",
+        "Time both pipelines of MLA over the number of new tokens, find where they cross for each batch size, and "
+        "recommend a reorder_batch_threshold.",
+    ),
+    (
+        "num-splits",
+        "num_splits",
+        "the best number of pieces to cut a request's keys into, and what auto costs",
+        "Time numbers of pieces against auto, for every backend that declares the parameter.",
+    ),
 )
 
 

@@ -1,0 +1,34 @@
+"""`mlakit recommend`: the backend and settings to use for your workloads, measured here."""
+
+import argparse
+from typing import Any
+
+_EXAMPLES = """\
+examples:
+  mlakit recommend --model deepseek-v3 --tp 8 --batch-specs 64q1s4k 16q4s4k "2q2k_32q1s1k"
+  mlakit recommend --config production_mix
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    from mlakit.studies.recommend import add_arguments
+
+    parser = subparsers.add_parser(
+        "recommend",
+        help="which backend and settings to use for your workloads, by measuring them here",
+        description="Measure what is available here on your workloads, try the settings of what comes close to the "
+        "fastest, and print what to use for each, with the measured margin; a tie is called a tie.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it."""
+    from mlakit.studies.recommend import run as recommend
+
+    return recommend(args)

@@ -1,0 +1,158 @@
+"""What the studies of the bench's rows share: their flags, the device, and rows on demand kept in a record."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlakit.bench.config import DEFAULT_MLA_MODEL, BenchmarkConfig, infer_attention
+from mlakit.bench.results import BenchmarkResult, Record
+from mlakit.bench.runner import Device, Meter, new_session, probe
+from mlakit.bench.units import rate
+from mlakit.dims import MLADims, preset
+
+_DTYPES = {"cpu": "fp32", "cuda": "bf16"}  # as in `bench`: what each computes fastest
+CPU_MODEL = {"mla": "deepseek-v2-lite", "standard": "tiny-gqa"}
+STANDARD_MODEL = "llama-3-8b"
+_REPEATS = {"cpu": 5, "cuda": 40}
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, backends: str) -> None:
+    """The flags they share; `backends` says which run if none are named."""
+    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help=f"which to measure (default: {backends})")
+    parser.add_argument(
+        "--model", metavar="PRESET", help=f"dimensions by name (default: {DEFAULT_MLA_MODEL}; on a CPU a small one)"
+    )
+    parser.add_argument(
+        "--tp", type=positive, default=1, metavar="N", help="tensor parallelism: a GPU has 1/N of the model's heads"
+    )
+    parser.add_argument("--num-q-heads", type=positive, metavar="N", help="query heads of the model, before --tp")
+    parser.add_argument("--block-size", type=positive, default=64, metavar="N", help="tokens in a page (default: 64)")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cuda:0, cpu or auto (default)")
+    parser.add_argument(
+        "--repeats", type=positive, metavar="N", help=f"samples of a row (default: {_REPEATS['cuda']}; on a CPU 5)"
+    )
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="patience for one row")
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="save the record as JSON")
+    parser.add_argument("--resume", action="store_true", help="go on with --output-json: only missing rows run")
+    parser.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+@dataclass
+class Rows:
+    """Rows on demand. `base` holds what all of them share, as fields of a `BenchmarkConfig`."""
+
+    base: dict[str, Any]
+    device: Device
+    meter: Meter
+    record: Record
+    path: Path
+
+    def measure(self, backend: str, spec: str, **fields: Any) -> BenchmarkResult:
+        """The row of a backend on a batch, measured unless the record holds it.
+
+        Raises:
+            ValueError: a field that cannot be meant.
+        """
+        return self.meter.row(BenchmarkConfig(**{**self.base, "backend": backend, "batch_spec": spec, **fields}))
+
+    @property
+    def title(self) -> str:
+        """Model, heads, dtype and device, for a heading."""
+        base = self.base
+        device = self.device.environment["device"]["name"]
+        return f"{base['model']}, {base['num_q_heads']} heads, {base['dtype']}, on {device}"
+
+    def finish(self, findings: Sequence[str]) -> None:
+        """Complete the record with what was found."""
+        self.record.findings = list(findings)
+        self.record.planned = len(self.record.rows)
+        self.record.complete = True
+        self.record.save(self.path)
+
+
+def dimensions(args: argparse.Namespace, attention: str, *, cpu: bool) -> dict[str, Any]:
+    """Model and heads a GPU, as fields of a `BenchmarkConfig`.
+
+    Raises:
+        ValueError: unknown model, or heads that --tp does not divide.
+    """
+    fallback = CPU_MODEL[attention] if cpu else DEFAULT_MLA_MODEL if attention == "mla" else STANDARD_MODEL
+    model = args.model or fallback
+    dims = preset(model)
+    if isinstance(dims, MLADims):
+        heads, kv_heads = args.num_q_heads or dims.num_heads, 1
+    else:
+        heads, kv_heads = args.num_q_heads or dims.num_q_heads, max(1, dims.num_kv_heads // args.tp)
+    if heads % args.tp:
+        raise ValueError(f"--tp {args.tp} does not divide the {heads} heads of {model}")
+    return {"model": model, "num_q_heads": heads // args.tp, "num_kv_heads": kv_heads}
+
+
+@contextmanager
+def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any = "compare") -> Iterator[Rows]:
+    """Find the device and begin a record, in `--output-json` or a folder of the run's own.
+
+    Raises:
+        ValueError: bad input.
+        DeviceError: the device does not work.
+        KeyboardInterrupt: after saying how to go on.
+    """
+    from mlakit.backends import registry
+    from mlakit.bench.progress import Progress
+    from mlakit.bench.record_file import open_record
+    from mlakit.bench.table import make_console
+    from mlakit.studies.command import output_file, output_folder
+
+    if args.resume and not args.output_json:
+        raise ValueError("--resume needs --output-json: the record to go on with")
+    kinds = [registry.attention_kinds(backend) for backend in args.backends or []]
+    attention = infer_attention(args.model, kinds)
+    for cpu in (True, False):
+        dimensions(args, attention, cpu=cpu)  # what cannot be is said before a device is looked for
+    path = output_file(args.output_json, "--output-json")
+    with Progress(make_console(stderr=True), quiet=args.quiet) as progress:
+        dtypes = {kind: [args.dtype or dtype] for kind, dtype in _DTYPES.items()}
+        device = probe(args.device, dtypes, progress)
+        cpu = device.name == "cpu"
+        kind = "cpu" if cpu else "cuda"
+        base = {
+            **dimensions(args, attention, cpu=cpu),
+            "attention": attention,
+            "block_size": args.block_size,
+            "dtype": dtypes[kind][0],
+            "device": device.name,
+            "num_layers": 1,  # the cache is flushed before each sample: one layer is as good as several
+            "repeats": args.repeats or _REPEATS[kind],
+            "timeout": args.timeout,
+        }
+        path = path or output_folder(None, name, "") / "record.json"
+        session = new_session(device, ["mlakit", *sys.argv[1:]])
+        fresh = Record(name=name, description=description, mode=mode, planned=0, sessions=[session])
+        record = open_record(path, fresh, resume=args.resume)
+        record.complete = False
+        rows = Rows(base, device, Meter(device, record, lambda r: r.save(path), progress), record, path)
+        if not args.quiet:
+            ceilings = device.ceilings[base["dtype"]]
+            memory = max(ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"])
+            compute = rate(ceilings["flops_per_s"], "FLOP/s")
+            progress.say(f"{name}: {rows.title}; measured ceilings {rate(memory, 'B/s')}, {compute}")
+        progress.expect(0)
+        try:
+            with rows.meter:
+                yield rows
+        except KeyboardInterrupt:
+            progress.say(f"interrupted with {len(record.rows)} rows done; they are in {path} (go on with --resume)")
+            raise
+    if not args.quiet:
+        print(f"saved: record {path}", file=sys.stderr)

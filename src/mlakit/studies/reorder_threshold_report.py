@@ -1,0 +1,91 @@
+"""What the study `reorder-threshold` prints: a line a curve, and a threshold with what it costs."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mlakit.bench.crossover import Curve, Point, Recommendation
+from mlakit.bench.units import percent, seconds
+
+
+def print_curves(console: Console, curves: Sequence[Curve], title: str) -> None:
+    """One line a backend and batch size."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    titles = ("backend", "batch", "decode up to", "prefill from", "decode q1", "prefill q1", "measured", "changes")
+    for name in titles:
+        table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
+    for curve in curves:
+        first = curve.points[0]
+        table.add_row(
+            curve.backend,
+            str(curve.batch_size),
+            _edge(curve.sure_decode),
+            _edge(curve.sure_prefill),
+            _time(first.decode),
+            _time(first.prefill),
+            str(len(curve.points)),
+            str(curve.crossings),
+        )
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table)
+    console.print(
+        "decode up to, prefill from: the last and first q_len at which that pipeline was faster beyond the noise, "
+        "and by how much; changes: how often the faster one changes along the curve",
+        style="dim",
+        soft_wrap=not console.is_terminal,
+    )
+
+
+def _edge(point: Point | None) -> str:
+    if point is None:
+        return "-"
+    return f"{point.q_len} ({percent(point.lead)})" if point.lead is not None else f"{point.q_len} (no other)"
+
+
+def _time(row: object) -> str:
+    timing = getattr(row, "timing", None)
+    return seconds(timing.median) if timing is not None else "-"
+
+
+def findings(curves: Sequence[Curve], recommended: Sequence[Recommendation], scope: str) -> list[str]:
+    """The conclusions, a line each; all of them follow from the rows."""
+    lines = []
+    for found in recommended:
+        mine = [curve for curve in curves if curve.backend == found.backend]
+        lines.append(f"Recommended for {found}")
+        thresholds = [curve.threshold for curve in mine]
+        low, high = min(thresholds), max(thresholds)
+        if len(mine) > 1:
+            each = ", ".join(f"{curve.batch_size}: {curve.threshold}" for curve in mine)
+            span = f"from {low} to {high}" if low != high else f"{low} for all"
+            lines.append(f"  by batch size alone the best threshold is {span} ({each})")
+        lines.append(f"  {_sureness(mine)}")
+        if scope == "attention":
+            lines.append(
+                "  scope attention: the projections that tell the pipelines apart are not in these times, and the "
+                "prefill pipeline starts from expanded keys; choose by --scope pipeline"
+            )
+    return lines
+
+
+def _sureness(curves: Sequence[Curve]) -> str:
+    """How well the changes are known."""
+    folded = [curve for curve in curves if not curve.is_simple]
+    open_ended = [curve for curve in curves if curve.crossings == 0]
+    known = [
+        high.q_len / low.q_len - 1
+        for curve in curves
+        if curve.is_simple and (low := curve.sure_decode) and (high := curve.sure_prefill)
+    ]
+    parts = []
+    if known:
+        within = percent(max(known)) if max(known) < 1 else f"a factor of {max(known) + 1:.0f}"
+        parts.append(f"{len(known)} of {len(curves)} curves change once, at a q_len known to within {within}")
+    if open_ended:
+        parts.append(f"{len(open_ended)} do not change within the lengths measured")
+    if folded:
+        sizes = ", ".join(str(curve.batch_size) for curve in folded)
+        parts.append(f"at batch size {sizes} the faster one changes to and fro: no threshold is right there")
+    return "how sure: " + "; ".join(parts) if parts else "how sure: no change lies beyond the noise"
