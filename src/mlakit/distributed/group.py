@@ -1,6 +1,7 @@
 """Joining the other ranks, and leaving when one of them is lost: with a word, and not after half an hour."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -156,5 +157,8 @@ def _device(kind: str, local_rank: int) -> torch.device:
 
 
 def _first_line(error: BaseException) -> str:
+    """What happened, without where in PyTorch's sources and without advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return re.sub(r"^\[[^]]*\]\s*", "", lines[0]).partition(". ")[0]
