@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from common import Candidate, Job, Tensors, parse_arguments, run
-from prefill_peers import flash_attention_3, sdpa_backward, sdpa_forward
+from prefill_peers import flash_attention_3, flex_backward, sdpa_backward, sdpa_forward
 
 from mlakit.concat import concat_k
 from mlakit.merge import merge_states, merge_states_reference
@@ -187,7 +187,8 @@ def backward_job(batch: int, tokens: int, heads: int, causal: bool, tune: bool, 
         return ""
 
     pairs = batch * tokens * ((tokens + 1) / 2 if causal else tokens)
-    others = sdpa_backward((q, k, v), seed, tokens, causal, SCALE) if peers else ()
+    arguments = (q, k, v), seed, tokens, causal, SCALE
+    others = [*sdpa_backward(*arguments), *flex_backward(*arguments)] if peers else []
     return Job(
         "mla_prefill_backward", "backward " + batch_name(batch, tokens, heads, causal),
         fields(batch, tokens, heads, causal), flops=2.0 * pairs * heads * (3 * QK + 2 * V),

@@ -1,6 +1,5 @@
-"""What `mla_prefill` is measured beside: FlashAttention-3 (vLLM's build, which has no backward) and PyTorch's SDPA.
-
-Of SDPA's kernels cuDNN's alone takes keys wider than values.
+"""What `mla_prefill` is measured beside: FlashAttention-3 (vLLM's build, which has no backward), PyTorch's SDPA,
+of whose kernels cuDNN's alone takes keys wider than values, and PyTorch's FlexAttention.
 """
 
 import functools
@@ -64,3 +63,23 @@ def sdpa_backward(inputs: Tensors, seed: torch.Tensor, tokens: int, causal: bool
         return tuple(x.transpose(1, 2) for x in torch.autograd.grad(forward(), leaves, seed, retain_graph=True))
 
     yield "sdpa cudnn", call
+
+
+def flex_backward(inputs: Tensors, seed: torch.Tensor, tokens: int, causal: bool, scale: float) -> Iterator[Candidate]:
+    """The same of FlexAttention, compiled; whole blocks that nobody sees are left out."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = leaves = [_padded(x, tokens).detach().requires_grad_() for x in inputs[:3]]
+    seed = _padded(seed, tokens)
+
+    @functools.cache
+    def forward() -> torch.Tensor:
+        mask = None
+        if causal:
+            mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=q.device.type)
+        return torch.compile(flex_attention, dynamic=False)(q, k, v, block_mask=mask, scale=scale)
+
+    def call() -> Tensors:
+        return tuple(x.transpose(1, 2) for x in torch.autograd.grad(forward(), leaves, seed, retain_graph=True))
+
+    yield "flex", call
