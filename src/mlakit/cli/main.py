@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mlakit import __version__
-from mlakit.cli import backends, bench, compare, completion, configs, env, exit_codes, limits, recommend, study
+from mlakit.cli import backends, bench, compare, completion, configs, env, exit_codes, limits, recommend, report, study
 
-_SUBCOMMANDS = (bench, recommend, compare, study, backends, configs, limits, env, completion)
+_SUBCOMMANDS = (bench, recommend, report, compare, study, backends, configs, limits, env, completion)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -59,8 +59,12 @@ def _differing_machines(records: Sequence[LoadedRecord]) -> list[str]:
     for what, names in (("Machines", _MACHINE), ("Software", [name for name in _WORDS if name not in _MACHINE])):
         differing = [name for name in names if len(values[name]) > 1]
         if differing:
-            words = "; ".join(f"{_WORDS[name]} {' and '.join(v or 'unknown' for v in values[name])}" for name in differing)
-            found.append(f"{what} differ{'s' * (what == 'Software')} between the records, compare them with care: {words}")
+            words = "; ".join(
+                f"{_WORDS[name]} {' and '.join(v or 'unknown' for v in values[name])}" for name in differing
+            )
+            found.append(
+                f"{what} differ{'s' * (what == 'Software')} between the records, compare them with care: {words}"
+            )
     return found
 
 

@@ -42,7 +42,9 @@ def render_html(records: Sequence[LoadedRecord], *, baseline: str | None = None,
     data = page_data(records, baseline)
     script = "\n".join(_part(name) for name in _SCRIPTS)
     plotly = _in_a_script(get_plotlyjs())
-    environments = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environments = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     safe = jinja2.utils.markupsafe.Markup
     devices = dict.fromkeys(session.device for record in records for session in record.sessions)
     started = sorted(session.started[:10] for record in records for session in record.sessions if session.started)

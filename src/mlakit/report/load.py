@@ -129,7 +129,7 @@ class LoadedRecord:
 
 
 def load_record(path: Path) -> LoadedRecord:
-    """Read a record, whatever part of mlakit wrote it.
+    """Read a record, whatever part of mlakit wrote it. Of a run's folder, the `record.json` in it.
 
     Raises:
         ValueError: no such file, no JSON, a schema that this mlakit does not know, or a malformed record; the message
@@ -137,6 +137,8 @@ def load_record(path: Path) -> LoadedRecord:
     """
     from mlakit.report.load_studies import READERS
 
+    if path.is_dir():
+        path = path / "record.json"
     content = _read(path)
     schema = content.get("record_schema") or content.get("schema")
     if schema == BENCH_SCHEMA:
@@ -223,7 +225,7 @@ def _bench(path: Path) -> LoadedRecord:
         complete=record.complete,
         planned=record.planned,
         curves=tuple(curves),
-        conclusions=tuple(map(str, (*recommend_thresholds(curves), *curves))),
+        conclusions=(*record.findings, *map(str, (*recommend_thresholds(curves), *curves))),
     )
 
 

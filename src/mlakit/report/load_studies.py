@@ -94,8 +94,10 @@ def sparse_prefill(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
         sizes = {"q_len": row["s_q"], "keys": row["s_kv"], "topk": row["topk"], "heads": row["heads"]}
         job = f"{row['s_q']} of {row['s_kv']}, topk {row['topk']}"
         for name, found in row["methods"].items():
+            least, bound = limit(content.get("ceilings"), found.get("flops"), None)
             rows.append(
-                _method(found, "sparse prefill", job, name, sizes) | {"flops": found.get("flops"), "phase": "prefill"}
+                _method(found, "sparse prefill", job, name, sizes)
+                | {"flops": found.get("flops"), "phase": "prefill", "limit_seconds": least, "bound": bound}
             )
     return [Measurement(**row) for row in rows], ()
 
