@@ -119,6 +119,12 @@ class BenchmarkConfig(BaseModel):
         return self.batch_name or self.batch_spec
 
     @property
+    def comparison(self) -> tuple[object, ...]:
+        """Equal for configs that measure the same job, so that their times may be compared."""
+        dims = (self.num_q_heads, self.num_kv_heads, self.head_dim, *(getattr(self, name) for name in _MLA_FIELDS))
+        return (self.batch_spec, self.attention, dims, self.dtype, self.scope, self.l2)
+
+    @property
     def key(self) -> str:
         """Identifies the row: equal for configs that measure the same thing."""
         content = {k: v for k, v in self.model_dump(mode="json").items() if k not in _NOT_MEASURED}

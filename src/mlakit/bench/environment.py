@@ -20,6 +20,7 @@ def describe_environment(info: DeviceInfo) -> dict[str, Any]:
         "device": {
             "kind": info.kind,
             "name": info.name,
+            "uuid": info.uuid,
             "capability": list(info.capability) if info.capability else None,
             "units": info.units,
             "cache_bytes": info.cache_bytes,

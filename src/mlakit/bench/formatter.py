@@ -64,7 +64,7 @@ _CSV_COLUMNS = (
     "ci95_low", "ci95_high", "samples", "host_time",
     "throughput_tokens_per_sec", "fraction_of_limit", "limit_seconds", "limit_bound", "flops", "bytes",
     "memory_allocated_mb", "memory_reserved_mb", "memory_temporary_mb", "max_error", "rms_error", "sm_clock",
-    "backend_version", "kernels", "error",
+    "node", "gpu_uuid", "backend_version", "kernels", "error",
 )  # fmt: skip
 _SHOWN_FIRST = {"backend", "label", "batch_spec", "parameters"}
 
@@ -87,6 +87,8 @@ def _flat(row: BenchmarkResult) -> dict[str, Any]:
         "max_error": check.max_error if check else None,
         "rms_error": check.rms_error if check else None,
         "sm_clock": row.gpu.sm_clock if row.gpu else None,
+        "node": row.place.node if row.place else None,
+        "gpu_uuid": row.place.gpu if row.place else None,
         "kernels": "; ".join(f"{part}: {kernel}" for part, kernel in row.kernels.items()) or None,
     }
     flat = {name: values[name] if name in values else getattr(row, name) for name in _CSV_COLUMNS}

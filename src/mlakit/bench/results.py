@@ -89,6 +89,17 @@ class GpuState(_Model):
     throttle_reasons: list[str] = []
 
 
+class Place(_Model):
+    """Where in a cluster a row was measured: the node as the cluster names it, and the GPU's UUID (None: its CPU).
+
+    `attempt` is more than 1 if workers were lost while they measured the row.
+    """
+
+    node: str
+    gpu: str | None = None
+    attempt: int = 1
+
+
 class BenchmarkResult(_Model):
     """One row: a config and what came of it. Times are seconds a call on one layer; None where there is no time."""
 
@@ -108,6 +119,7 @@ class BenchmarkResult(_Model):
     started: str | None = None
     seconds: float | None = None
     session: int = 0
+    place: Place | None = None  # None: the machine that the command ran on
 
     @property
     def success(self) -> bool:
@@ -178,6 +190,9 @@ class Record(_Model):
     mode: Literal["compare", "decode_vs_prefill"] = "compare"
     planned: int
     complete: bool = False
+    executor: Literal["local", "ray"] = "local"
+    # Whether all times that are compared with one another are from one GPU; None where there was but one.
+    one_gpu_a_comparison: bool | None = None
     sessions: list[Session]
     rows: list[BenchmarkResult] = []
     findings: list[str] = []  # what a study concluded from the rows, in words

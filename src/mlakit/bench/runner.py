@@ -38,6 +38,12 @@ class Listener:
     def finished(self, row: BenchmarkResult) -> None:
         """A row is done and in the record."""
 
+    def note(self, line: str) -> None:
+        """Something happened that the user should know of."""
+
+    def more(self, rows: int, reason: str) -> None:
+        """So many rows more have to be measured than there were to begin with."""
+
 
 def probe(device: str, dtypes: Iterable[str] | Mapping[str, Iterable[str]], listener: Listener | None = None) -> Device:
     """Find the device and measure its ceilings for each dtype, in a process of its own.

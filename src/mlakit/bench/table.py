@@ -36,17 +36,8 @@ class _Batch:
 
 def comparison_key(row: BenchmarkResult) -> tuple[object, ...]:
     """Rows with the same key measured the same job, so that their times may be compared."""
-    c = row.config
-    dims = (
-        c.num_q_heads,
-        c.num_kv_heads,
-        c.head_dim,
-        c.kv_lora_rank,
-        c.qk_nope_head_dim,
-        c.qk_rope_head_dim,
-        c.v_head_dim,
-    )
-    return (c.batch_spec, c.attention, dims, c.dtype, c.scope, c.l2)
+    gpu = None if row.place is None else row.place.gpu or row.place.node  # a ratio across GPUs is no ratio
+    return (*row.config.comparison, gpu)
 
 
 def group_rows(rows: Sequence[BenchmarkResult]) -> list[tuple[BenchmarkResult, ...]]:
@@ -104,6 +95,13 @@ def _checked(row: BenchmarkResult, batch: _Batch) -> str:
     return "ok" if row.check else "unchecked"
 
 
+def _place(row: BenchmarkResult, batch: _Batch) -> str:
+    if row.place is None or row is not batch.rows[0]:
+        return ""
+    # A UUID's first block tells the GPUs of a node apart: "GPU-1a2b3c4d".
+    return row.place.node if row.place.gpu is None else f"{row.place.node} {row.place.gpu[:12]}"
+
+
 def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
     one_size = len({(r.config.num_q_heads, r.config.num_kv_heads) for r in rows}) <= 1
     columns = [
@@ -118,6 +116,7 @@ def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
         _Column("tokens/s", _tokens, 5),
         _Column("vs best", _relative, 1),
         _Column("host", _host, 9),
+        _Column("measured on", _place, 10, right=False),
         _Column("check", _checked, 3),
     ]
     if not one_size:

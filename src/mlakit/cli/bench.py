@@ -36,6 +36,36 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_measuring(parser)
+    where = parser.add_argument_group("where to measure")
+    where.add_argument(
+        "--executor",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: spread the rows over the GPUs of a Ray cluster, those that are compared on one GPU; needs "
+        "mlakit[distributed] (default: local)",
+    )
+    where.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="auto for the cluster that this machine is part of, HOST:PORT, or local for this machine's GPUs alone "
+        "(default: auto if there is one, else local)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-csv", metavar="FILE", help="save the rows as CSV")
+    output.add_argument("--output-json", metavar="FILE", help="save the whole record as JSON")
+    output.add_argument("--output-plot", metavar="FILE", help="save a plot as PNG")
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the record that an interrupted run left: only missing rows run",
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress; the table and errors only")
+    parser.set_defaults(run=run)
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what to measure and how; `flags` reads them."""
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--config",
@@ -114,18 +144,6 @@ def add_parser(subparsers: Any) -> None:
         "--sweep-values", action="append", nargs="+", metavar="VALUE", help="its values: whole numbers, words or auto"
     )
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-csv", metavar="FILE", help="save the rows as CSV")
-    output.add_argument("--output-json", metavar="FILE", help="save the whole record as JSON")
-    output.add_argument("--output-plot", metavar="FILE", help="save a plot as PNG")
-    output.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the record that an interrupted run left: only missing rows run",
-    )
-    output.add_argument("--quiet", action="store_true", help="no progress; the table and errors only")
-    parser.set_defaults(run=run)
-
 
 def flags(args: argparse.Namespace) -> dict[str, Any]:
     """What was given on the command line, in the sections of a config file.
@@ -148,9 +166,6 @@ def flags(args: argparse.Namespace) -> dict[str, Any]:
     sections: dict[str, Any] = {
         "model": {**({"name": args.model} if args.model else {}), **_given(args, model)},
         "benchmark": _given(args, how),
-        "output": {
-            k: v for k, v in (("csv", args.output_csv), ("json", args.output_json), ("plot", args.output_plot)) if v
-        },
         "batch_specs": args.batch_specs,
         "backends": [args.backend] if args.backend else args.backends,
     }
@@ -171,4 +186,20 @@ def run(args: argparse.Namespace) -> int:
     """Run it."""
     from mlakit.cli.bench_run import execute
 
-    return execute(flags(args), config=args.config, resume=args.resume, quiet=args.quiet, command=sys.argv[1:])
+    files = {"csv": args.output_csv, "json": args.output_json, "plot": args.output_plot}
+    output = {kind: path for kind, path in files.items() if path}
+    given = {**flags(args), **({"output": output} if output else {})}
+    how = {"config": args.config, "resume": args.resume, "quiet": args.quiet, "command": sys.argv[1:]}
+    return execute(given, _executor(args), **how)
+
+
+def _executor(args: argparse.Namespace) -> Any:
+    if args.executor == "ray":
+        from mlakit.distributed.ray_executor import RayExecutor
+
+        return RayExecutor(args.ray_address)
+    if args.ray_address is not None:
+        raise ValueError("--ray-address goes with --executor ray")
+    from mlakit.bench.executor import LocalExecutor
+
+    return LocalExecutor()

@@ -5,15 +5,17 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlakit.bench import config_file
 from mlakit.bench.crossover import find_curves, recommend_thresholds
+from mlakit.bench.executor import Executor
 from mlakit.bench.formatter import ResultsFormatter
 from mlakit.bench.plan import Plan, make_plan, settings_for
 from mlakit.bench.progress import Progress
+from mlakit.bench.record_file import open_record
 from mlakit.bench.results import Record
-from mlakit.bench.runner import Device, Run, new_session, probe
+from mlakit.bench.runner import Device, new_session
 from mlakit.bench.table import make_console
 from mlakit.bench.units import rate
 from mlakit.report.plots import plot_times
@@ -21,7 +23,15 @@ from mlakit.report.plots import plot_times
 RUNS = Path("mlakit-runs")
 
 
-def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: bool, command: Sequence[str]) -> int:
+def execute(
+    flags: dict[str, Any],
+    executor: Executor,
+    *,
+    config: str | None,
+    resume: bool,
+    quiet: bool,
+    command: Sequence[str],
+) -> int:
     """Do the run; returns the exit code.
 
     Raises:
@@ -32,16 +42,16 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
     err = make_console(stderr=True)
     progress = Progress(err, quiet=quiet)
     wanted = flags.get("benchmark", {}).get("device") or (loaded.content.benchmark.device if loaded else None) or "auto"
-    with progress:
-        device = _probe(wanted, loaded, flags, progress)
+    with progress, executor:
+        device = _probe(executor, wanted, loaded, flags, progress)
         plan = make_plan(settings_for(loaded, flags, cpu=device.name == "cpu"), device.name)
         paths = _Paths(plan, resume)
-        record = _open_record(plan, device, paths, resume, command)
+        record = _open_record(plan, device, executor.name, paths, resume, command)
         if not quiet:
-            progress.say(_headline(plan, device))
+            progress.say(_headline(plan, device, executor.describe(device)))
             for note in plan.notes:
                 progress.say(f"note: {note}")
-        run = Run(plan.rows, device, record, save=lambda r: _save(r, paths), listener=progress)
+        run = executor.run(plan.rows, device, record, lambda r: _save(r, paths), progress)
         already = len(plan.rows) - len(run.missing())
         if already:
             progress.say(f"resuming {paths.json}: {already} of {len(plan.rows)} rows are there")
@@ -58,13 +68,15 @@ def execute(flags: dict[str, Any], *, config: str | None, resume: bool, quiet: b
     return _show(record, plan, paths, err if not quiet else None)
 
 
-def _probe(wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress) -> Device:
+def _probe(
+    executor: Executor, wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress
+) -> Device:
     """The device, with ceilings for every dtype that the plan will name on it."""
     dtypes = {
         kind: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=kind == "cpu"), name).rows}
         for kind, name in (("cpu", "cpu"), ("cuda", "cuda:0"))
     }
-    return probe(wanted, dtypes, progress)
+    return executor.probe(wanted, dtypes, progress)
 
 
 class _Paths:
@@ -92,30 +104,23 @@ def _latest(plan: Plan) -> Path | None:
     return None
 
 
-def _open_record(plan: Plan, device: Device, paths: _Paths, resume: bool, command: Sequence[str]) -> Record:
-    session = new_session(device, ["mlakit", *command])
-    if paths.json.exists():
-        if resume:
-            record = Record.load(paths.json)
-            before, now = record.sessions[-1].environment["device"]["name"], device.environment["device"]["name"]
-            if before != now:
-                raise ValueError(
-                    f"{paths.json} was measured on {before}, and this is {now}: times would not compare; "
-                    f"start a new record"
-                )
-            record.sessions.append(session)
-            record.planned = len({row.key for row in plan.rows} | {row.config.key for row in record.rows})
-            return record
-        paths.json.replace(
-            paths.json.with_name(paths.json.name + ".bak")
-        )  # an earlier measurement is never lost at once
-    elif resume and plan.output.get("json"):
-        raise ValueError(f"nothing to resume: {paths.json} does not exist")
-    elif resume:
+def _open_record(
+    plan: Plan, device: Device, executor: Literal["local", "ray"], paths: _Paths, resume: bool, command: Sequence[str]
+) -> Record:
+    if resume and not plan.output.get("json") and not paths.json.exists():
         raise ValueError(f"nothing to resume: no record of {plan.name!r} with these settings in {RUNS}/")
-    return Record(
-        name=plan.name, description=plan.description, mode=plan.mode, planned=len(plan.rows), sessions=[session]
+    session = new_session(device, ["mlakit", *command])
+    fresh = Record(
+        name=plan.name,
+        description=plan.description,
+        mode=plan.mode,
+        planned=len(plan.rows),
+        executor=executor,
+        sessions=[session],
     )
+    record = open_record(paths.json, fresh, resume=resume)
+    record.planned = len({row.key for row in plan.rows} | {row.config.key for row in record.rows})
+    return record
 
 
 def _save(record: Record, paths: _Paths) -> None:
@@ -124,13 +129,12 @@ def _save(record: Record, paths: _Paths) -> None:
         ResultsFormatter().save_csv(record.rows, paths.csv)
 
 
-def _headline(plan: Plan, device: Device) -> str:
+def _headline(plan: Plan, device: Device, on: str) -> str:
     first = plan.rows[0]
     kind = f"MLA ({first.model})" if first.attention == "mla" else "standard attention"
     ceilings = device.ceilings[first.dtype]
     memory = rate(max(ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"]), "B/s")
     compute = rate(ceilings["flops_per_s"], "FLOP/s")
-    on = f"{device.environment['device']['name']} ({device.name})"
     return f"{plan.name}: {kind}, {first.dtype}, on {on}; measured ceilings {memory}, {compute}"
 
 
