@@ -34,9 +34,12 @@ class DeviceError(RuntimeError):
 
 
 class Worker:
-    """One worker process. Not thread-safe; `close` (or `with`) ends it."""
+    """One worker process. Not thread-safe; `close` (or `with`) ends it.
 
-    def __init__(self) -> None:
+    `source` is the folder that mlakit is imported from: this one's if None, else another version's.
+    """
+
+    def __init__(self, source: Path | None = None) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process; close() closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlakit.bench.worker"],
@@ -47,7 +50,7 @@ class Worker:
             bufsize=1,
             # A Ctrl-C at the terminal is the runner's to handle: it must not kill a measurement behind its back.
             start_new_session=True,
-            env=_environment(),
+            env=_environment(source),
         )
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -139,8 +142,11 @@ class Worker:
         return lines[-1] if lines else ""
 
 
-def _environment() -> dict[str, str]:
-    """The worker's environment: ours, with this very package importable however we were started."""
-    source = str(Path(__file__).resolve().parents[2])
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+def _environment(source: Path | None) -> dict[str, str]:
+    """The worker's environment: ours, with the right mlakit importable however we were started."""
+    own = Path(__file__).resolve().parents[2]
+    paths = [str(source or own), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    if source is not None:
+        environment.pop("MLAKIT_COMMIT", None)  # it names ours
+    return environment

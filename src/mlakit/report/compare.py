@@ -55,15 +55,24 @@ class Comparison:
         return [pair for pair in self.pairs if pair.is_regression(limit)]
 
 
-def compare_records(a: LoadedRecord, b: LoadedRecord, *, margin: float = SAME_WITHIN) -> Comparison:
+def compare_records(
+    a: LoadedRecord, b: LoadedRecord, *, margin: float = SAME_WITHIN, ratios: Sequence[Ratio | None] | None = None
+) -> Comparison:
     """Pair the rows of two records. Differences below `margin` (0.02: 2%) count as none.
+
+    `ratios` are those of records that were measured in turn, row by row.
 
     Raises:
         ValueError: no row of one is in the other.
     """
     after = _by_identity(b.rows)
     before = _by_identity(a.rows)
-    pairs = [_pair(row, after[key], margin) for key, row in before.items() if key in after]
+    known = ratios or [None] * len(before)
+    pairs = [
+        _pair(row, after[key], margin, found)
+        for (key, row), found in zip(before.items(), known, strict=True)
+        if key in after
+    ]
     if not pairs:
         raise ValueError(
             f"nothing to compare: no row of {a.path} measured what a row of {b.path} did "
@@ -96,15 +105,11 @@ def _what(rows: Sequence[Measurement]) -> str:
     return f"{jobs[0]}" + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "") if jobs else "no rows"
 
 
-def _pair(before: Measurement, after: Measurement, margin: float) -> Pair:
+def _pair(before: Measurement, after: Measurement, margin: float, known: Ratio | None) -> Pair:
     if before.seconds and after.seconds:
-        found = ratio(*(Times(row.seconds or 0.0, row.samples, row.interval) for row in (before, after)))
+        sides = (Times(row.seconds or 0.0, row.samples, row.interval) for row in (before, after))
+        found = known or ratio(*sides)
         return Pair(before, after, found, found.verdict(margin))
-    return untimed(before, after)
-
-
-def untimed(before: Measurement, after: Measurement) -> Pair:
-    """A pair of which a side has no time."""
     return Pair(before, after, None, "LOST" if before.seconds else "GAINED" if after.seconds else "NO TIME")
 
 

@@ -38,16 +38,17 @@ def differences(a: LoadedRecord, b: LoadedRecord, pairs: Sequence[Rows]) -> Iter
 
 
 def origins(ratios: Sequence[Ratio]) -> Iterator[str]:
-    """Where the intervals of records measured one after the other come from, and what they cannot know."""
+    """Where the ratios' intervals come from, and what they cannot know."""
     bases = Counter(ratio.basis for ratio in ratios)
     words: tuple[tuple[Basis, str], ...] = (
+        ("rounds", "medians of rounds that measured both sides in turn, with intervals between rounds' own ratios"),
         ("intervals", "bootstrapped from the recorded medians and their 95% intervals, as a record has no samples"),
         ("medians", "without an interval, as a record has medians alone"),
     )
     for basis, what in words:
         if bases[basis]:
             yield f"{bases[basis]} of {len(ratios)} ratios are {what}"
-    if ratios:
+    if any(ratio.basis != "rounds" for ratio in ratios):
         yield (
             "intervals hold the noise within each run, not drift from one run to the other; "
             "mlakit compare --worktree REV measures both sides in turn"

@@ -89,6 +89,12 @@ def ratio_of_rounds(before: Sequence[Sequence[float]], after: Sequence[Sequence[
     return Ratio(float(np.median(found)), float(found[cut]), float(found[-1 - cut]), "rounds")
 
 
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The 95% bootstrap interval of the median of a row of samples, in the order that they were measured in."""
+    low, high = np.percentile(np.median(_resampled(np.asarray(samples), np.random.default_rng(0)), axis=1), _LEVEL)
+    return float(low), float(high)
+
+
 def _outside(count: int) -> int:
     """How many of the smallest of `count` observations, and of the largest, may be left out of an interval that still
     holds the median with 95%: fewer than that lie on one side of it with a probability of 2.5% at most.
