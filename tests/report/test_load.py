@@ -24,12 +24,19 @@ def test_every_committed_record_loads(path):
     timed = [row for row in record.rows if row.seconds]
     assert timed
     # A time outside its own interval, or faster than the device can be, means that a unit was misread. (Some jobs run
-    # from the L2 cache, faster than memory; none is twice as fast as it.)
+    # from the L2 cache, faster than memory; none by half.)
     assert all(row.interval[0] <= row.seconds * 1.001 and row.seconds <= row.interval[1] * 1.001
                for row in timed if row.interval)  # fmt: skip
-    assert all(row.fraction_of_limit < 2 for row in timed if row.fraction_of_limit)
-    identities = [row.identity for row in record.rows]
-    assert len(set(identities)) == len(identities), "two rows would be taken for the same measurement"
+    assert all(row.fraction_of_limit < 1.5 for row in timed if row.fraction_of_limit)
+    # Rows that are the same measurement by all that the record says of them, and no others.
+    figures = ("median_s", "ci95_s", "host_s", "tb_per_s", "tflop_per_s", "ratio_to_peer", "temporary_bytes")
+    source = [
+        json.dumps({k: v for k, v in row.items() if k not in figures}, sort_keys=True)
+        for row in json.loads(path.read_text())["rows"]
+        if not row.get("op", "").endswith("_kernels")
+    ]
+    twice = len(source) - len(set(source)) if record.schema == "mlakit.speed/1" else 0
+    assert len(record.rows) - len({row.identity for row in record.rows}) == twice
 
 
 def test_a_bench_row_keeps_what_the_record_says():
@@ -56,9 +63,10 @@ def test_speed_rows_have_the_bytes_and_operations_that_their_rates_tell():
 
 
 def test_operations_in_float8_have_no_ceiling_in_bfloat16():
-    gemms = [row for row in load_record(RESULTS / "quant.json").rows if row.operation == "fp8_gemm"]
-    assert gemms
-    assert all(row.bound == "memory" for row in gemms)
+    for record, operation in (("quant", "fp8_gemm"), ("indexer", "indexer_logits")):
+        products = [row for row in load_record(RESULTS / f"{record}.json").rows if row.operation == operation]
+        assert products
+        assert all(row.bound == "memory" for row in products)
 
 
 @pytest.mark.parametrize(

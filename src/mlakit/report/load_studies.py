@@ -14,6 +14,7 @@ _MIB = 2**20
 # Of a speed script's row: what was measured, or says who took part. Other whole numbers, words and flags are sizes, and
 # fractions are figures derived from the times.
 _NOT_SIZES = {"op", "row", "impl", "peer", "temporary_bytes", "kernel", "wrong", "error", "reason", "shape"}
+_FLOAT8 = ("fp8_gemm", "indexer_logits", "indexer_logits_paged")  # operations that multiply in it
 
 
 def limit(
@@ -47,7 +48,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     bytes_, flops = (
         row[name] * seconds * 1e12 if seconds and row.get(name) else None for name in ("tb_per_s", "tflop_per_s")
     )
-    narrow = "fp8" in f"{row['op']} {row['impl']} {sizes.get('dtype', '')}"
+    narrow = row["op"] in _FLOAT8 or "fp8" in f"{row['impl']} {sizes.get('dtype', '')}"
     least, bound = limit(ceilings, flops, bytes_, narrow)
     operation, named = str(row["op"]), str(row.get("row") or row.get("shape") or "")
     # Words of the name that no field tells, such as "ragged": those jobs are of another kind.

@@ -44,19 +44,26 @@ def entries_of(records: Sequence[LoadedRecord]) -> list[Entry]:
 
 
 def _name(entries: Sequence[Entry]) -> None:
-    """Tell rows of one backend apart where a job has several: by what differs in their settings, else by record."""
-    settings: list[Callable[[Entry], str]] = [
+    """Tell rows of one backend apart where a job has several: by their settings, else by where they are from."""
+    differing = _differing([entry.row.settings for entry in entries])
+    telling: tuple[Callable[[Entry], str], ...] = (
         lambda entry: ", ".join(f"{k} {v}" for k, v in entry.row.settings.items() if k in differing),
         lambda entry: entry.record.name,
         lambda entry: str(entry.record.path),
         lambda entry: f"started {entry.session.started}",
-    ]
-    differing = _differing([entry.row.settings for entry in entries])
-    for more in settings:
-        if not any(len(same) > 1 for same in _grouped(entries, lambda entry: (entry.job, entry.label))):
+    )
+    for more in telling:
+        if not _twice(entries):
             return
         for entry in entries:
             entry.label = f"{entry.label} ({more(entry)})" if more(entry) else entry.label
+    for same in _twice(entries):  # measured twice in one go
+        for number, entry in enumerate(same[1:], start=2):
+            entry.label = f"{entry.label} ({number})"
+
+
+def _twice(entries: Sequence[Entry]) -> list[list[Entry]]:
+    return [same for same in _grouped(entries, lambda entry: (entry.job, entry.label)) if len(same) > 1]
 
 
 def _differing(mappings: Iterable[Mapping[str, Value]]) -> list[str]:

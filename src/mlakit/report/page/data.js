@@ -5,7 +5,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const ROWS = DATA.rows, JOBS = DATA.jobs;
 const OTHERS = "\u0000others"; // as a baseline: whichever other backend is the fastest at that job
 const chosen = {
-  operation: DATA.operations[0], model: "", search: "", baseline: DATA.baseline ?? OTHERS, hidden: new Set(),
+  operation: DATA.operations[0], model: "", record: "", search: "", baseline: DATA.baseline ?? OTHERS, hidden: new Set(),
   metric: "time", sort: null, all: false,
 };
 
@@ -55,7 +55,8 @@ function interval(row) {
 // What is chosen.
 function jobsOfOperation() {
   return JOBS.map((job, index) => ({ ...job, index })).filter(
-    (job) => (!chosen.operation || job.operation === chosen.operation) && (!chosen.model || job.model === chosen.model),
+    (job) => (!chosen.operation || job.operation === chosen.operation) && (!chosen.model || job.model === chosen.model)
+      && (!chosen.record || job.records.includes(chosen.record)),
   );
 }
 function jobsShown() {
@@ -70,16 +71,17 @@ function jobsShown() {
 }
 const ROWS_OF = JOBS.map(() => []);
 ROWS.forEach((row) => ROWS_OF[row.job].push(row));
-const rowsOf = (job) => ROWS_OF[job.index].filter((row) => !chosen.hidden.has(row.backend));
+const ofRecord = (row) => !chosen.record || row.record === chosen.record;
+const rowsOf = (job) => ROWS_OF[job.index].filter((row) => ofRecord(row) && !chosen.hidden.has(row.backend));
 const timed = (rows) => rows.filter((row) => row.time);
 const byTime = (rows) => timed(rows).sort((a, b) => a.time - b.time);
 function backendsShown() {
-  return distinct(jobsOfOperation().flatMap((job) => ROWS_OF[job.index]).map((row) => row.backend));
+  return distinct(jobsOfOperation().flatMap((job) => ROWS_OF[job.index]).filter(ofRecord).map((row) => row.backend));
 }
 
 // The row that another is compared with, and how many times as fast as it that is, with the interval of that.
 function baselineOf(row) {
-  const rows = ROWS_OF[row.job];
+  const rows = ROWS_OF[row.job].filter(ofRecord);
   if (chosen.baseline === OTHERS) {
     return byTime(rows.filter((other) => other !== row && !chosen.hidden.has(other.backend)))[0];
   }

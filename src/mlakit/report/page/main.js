@@ -8,6 +8,10 @@ function fillControls() {
   if (!models.includes(chosen.model)) chosen.model = "";
   fill("model", [["", "all"], ...models.map((name) => [name, name])], chosen.model);
   element("model-label").hidden = models.length < 2;
+  const records = distinct(jobs.flatMap((job) => job.records));
+  if (!records.includes(chosen.record)) chosen.record = "";
+  fill("record", [["", "all"], ...records.map((name) => [name, name])], chosen.record);
+  element("record-label").hidden = records.length < 2;
   const backends = backendsShown();
   if (chosen.baseline !== OTHERS && !backends.includes(chosen.baseline)) {
     chosen.baseline = backends.includes(DATA.baseline) ? DATA.baseline : OTHERS;
@@ -59,6 +63,7 @@ choose("operation", (value) => {
   for (const select of document.querySelectorAll(".picks select")) delete select.dataset.touched;
 });
 choose("model", (value) => { chosen.model = value; });
+choose("record", (value) => { chosen.record = value; });
 choose("search", (value) => { chosen.search = value; });
 choose("baseline", (value) => { chosen.baseline = value; });
 for (const select of document.querySelectorAll(".picks select")) {

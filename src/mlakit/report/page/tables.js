@@ -4,7 +4,8 @@ const FIRST_JOBS = 12, FIRST_ROWS = 40;
 function drawFastest(jobs) {
   const table = element("fastest");
   const versus = chosen.baseline === OTHERS ? "than the next" : `than ${chosen.baseline}`;
-  const head = [["batch", ""], ["fastest", ""], ["time", "number"], [`faster ${versus}`, "number"], ["of the limit", "number wide"]];
+  const limited = jobs.some((job) => rowsOf(job).some(ofLimit));
+  const head = [["batch", ""], ["fastest", ""], ["time", "number"], [`faster ${versus}`, "number"], ...(limited ? [["of the limit", "number wide"]] : [])];
   const count = chosen.all ? jobs.length : Math.min(jobs.length, FIRST_JOBS);
   const body = jobs.slice(0, count).map((job) => {
     const rows = rowsOf(job), best = byTime(rows)[0];
@@ -21,7 +22,7 @@ function drawFastest(jobs) {
         ties.length ? make("small", {}, `within its interval: ${ties.map((row) => row.backend).join(", ")}`) : null),
       make("td", { className: "number" }, time(best.time), make("small", {}, interval(best))),
       make("td", { className: "number" }, gain && gain.base !== best ? factor(gain.value) : "", gain && gain.base !== best ? make("small", {}, `over ${gain.base.backend}`) : null),
-      make("td", { className: "number wide" }, limit ? percent(limit) : ""),
+      ...(limited ? [make("td", { className: "number wide" }, limit ? percent(limit) : "")] : []),
     );
     return line;
   });
