@@ -114,7 +114,7 @@ class Rounds:
             progress.started(config)
             found = self._row(config, progress.stage)
             for record, row in zip(self.records, found, strict=True):
-                record.rows.append(row)
+                record.rows.append(row.model_copy(update={"config": config}))  # a round's has its own repeats
                 record.complete = len(record.rows) == len(self.plan)
             yield config
             progress.done(f"{config.title} on {config.batch_title}: {self._outcome(config, found)}")
@@ -141,8 +141,7 @@ class Rounds:
             for index in (0, 1) if turn % 2 == 0 else (1, 0):
                 row = self.sides[index].row(again, partial(_in_round, stage, f"round {turn + 1} of {self.rounds}"))
                 if row.timing is None:
-                    failed = row.model_copy(update={"config": config})
-                    return (failed, second) if index == 0 else (first, failed)
+                    return (row, second) if index == 0 else (first, row)
                 taken[index].append(row)
         before, after = ([row.timing.samples for row in rows if row.timing] for rows in taken)
         self.ratios[config.key] = ratio_of_rounds(before, after)
