@@ -36,6 +36,7 @@ _PUBLIC = {
     "run_mla_benchmark": "mlakit.bench.runner",
     "select_topk": "mlakit.indexer",
     "weight_dequant": "mlakit.quant",
+    "which_impl": "mlakit.dispatch",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from mlakit.decode import mla_decode as mla_decode
     from mlakit.dims import MLADims as MLADims
     from mlakit.dims import StandardDims as StandardDims
+    from mlakit.dispatch import which_impl as which_impl
     from mlakit.indexer import indexer_logits as indexer_logits
     from mlakit.indexer import indexer_logits_paged as indexer_logits_paged
     from mlakit.indexer import select_topk as select_topk

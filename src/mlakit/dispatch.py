@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -34,6 +35,39 @@ def choose(operation: str, impl: str | None, candidates: Mapping[str, str | None
     if (reason := candidates[impl]) is not None:
         raise RuntimeError(f"{operation}: impl={impl!r} cannot run: {reason}")
     return impl
+
+
+def which_impl(operation: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Name the implementation that `operation(*args, **options)` would run, without running it.
+
+    >>> which_impl(mlakit.mla_decode, q, cache, block_table, seq_lens, softmax_scale=192**-0.5)
+    'hopper'
+
+    Args:
+        operation: `mla_decode` or `mla_prefill`.
+        args, options: what it would be called with.
+
+    Raises:
+        ValueError: an operation that does not choose, or whatever the call itself would refuse.
+        RuntimeError: the implementation asked for cannot run these inputs.
+    """
+    if operation not in _choosers:
+        known = ", ".join(sorted(found.__name__ for found in _choosers))
+        raise ValueError(f"which_impl: {getattr(operation, '__name__', operation)} is none of {known}")
+    return _choosers[operation](*args, **options)
+
+
+def chooses(operation: Callable[..., Any]) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register what `which_impl` asks about an operation: a function of the same arguments that gives the name."""
+
+    def register(chooser: Callable[..., str]) -> Callable[..., str]:
+        _choosers[operation] = chooser
+        return chooser
+
+    return register
+
+
+_choosers: dict[Callable[..., Any], Callable[..., str]] = {}
 
 
 def choose_triton(

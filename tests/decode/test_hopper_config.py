@@ -17,7 +17,7 @@ from mlakit.decode.hopper_config import (
     plan_slots,
     refusal,
 )
-from mlakit.decode.ops import _candidates, _hopper_reason
+from mlakit.decode.ops import _hopper_reason, candidates
 from mlakit.hardware import DeviceInfo, pretend
 
 H200 = DeviceInfo("cuda", 0, "NVIDIA H200", (9, 0), 132, 60 * 2**20, 141 * 2**30)
@@ -87,7 +87,7 @@ def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.Mo
     _hopper_reason.cache_clear()
     q, cache = inputs()
     table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    found = _candidates(q, cache, table, 0.1, 512, None)
+    found = candidates(q, cache, table, 0.1, 512, None)
     assert found["reference"] is None
     assert found["hopper"] == "the tensors are on the CPU, and Gluon has no interpreter"
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run: the tensors are on the CPU"):
@@ -130,7 +130,7 @@ def test_what_is_taken_unasked(batch: int, rows: int, pages: int, first: str) ->
     q, cache = torch.empty((batch, 1, rows, 576), device="meta"), torch.empty((9, 64, 576), device="meta")
     _hopper_reason.cache_clear()
     with pretend(H200):
-        found = _candidates(q, cache, torch.empty((batch, pages), device="meta"), 0.1, 512, None)
+        found = candidates(q, cache, torch.empty((batch, pages), device="meta"), 0.1, 512, None)
     _hopper_reason.cache_clear()
     assert next(iter(found)) == first
     assert list(found)[2] == "reference"

@@ -58,29 +58,31 @@ class MlakitTriton(_OwnKernels):
     ) -> Callable[..., Output]:
         """Requests with equally many new tokens that follow one another are one call."""
         from mlakit.decode import mla_decode
+        from mlakit.dispatch import which_impl
 
         batch, dims = problem.batch, problem.dims
+        options: dict[str, Any] = {
+            "softmax_scale": problem.softmax_scale,
+            "causal": problem.causal,
+            "kv_lora_rank": dims.kv_lora_rank,
+            "num_splits": num_splits,
+            "impl": self.impl,
+        }
 
         def run(q: Any, cache: Any, out: Any) -> Output:
             lses, chosen = [], []
             for part in batch.runs:
                 shape = (part.size, part.q_len, dims.num_heads)
-                query = q[part.rows].view(*shape, dims.latent_dim)
-                if problem.kernel is None:
-                    table = batch.block_table[part.requests]
-                    chosen.append(_decode_impl(problem, query, cache, table, num_splits, self.impl))
-                _, lse = mla_decode(
-                    query,
+                given = (
+                    q[part.rows].view(*shape, dims.latent_dim),
                     cache,
                     batch.block_table[part.requests],
                     batch.seq_lens[part.requests],
-                    softmax_scale=problem.softmax_scale,
-                    causal=problem.causal,
-                    kv_lora_rank=dims.kv_lora_rank,
-                    num_splits=num_splits,
-                    out=out[part.rows].view(*shape, dims.kv_lora_rank),
-                    impl=self.impl,
                 )
+                into = out[part.rows].view(*shape, dims.kv_lora_rank)
+                if problem.kernel is None:
+                    chosen.append(which_impl(mla_decode, *given, out=into, **options))
+                _, lse = mla_decode(*given, out=into, **options)
                 lses.append(lse.view(-1, dims.num_heads))
             if problem.kernel is None:
                 problem.kernel = f"mla_decode, {' + '.join(dict.fromkeys(chosen))}"
@@ -119,48 +121,24 @@ class TritonStandard(_OwnKernels):
 
 
 def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:
+    from mlakit.dispatch import which_impl
     from mlakit.prefill import mla_prefill
 
     batch = problem.batch
+    options: dict[str, Any] = {
+        "softmax_scale": problem.softmax_scale,
+        "causal": problem.causal,
+        "max_seqlen_q": batch.max_q_len,
+        "impl": impl,
+    }
 
     def run(q: Any, k: Any, v: Any, out: Any) -> Output:
+        given = (q, k, v, batch.cu_seqlens_q, batch.cu_seqlens_k)
         if problem.kernel is None:
-            problem.kernel = _prefill_kernel(problem, q, k, v, out, impl)
-        return mla_prefill(
-            q,
-            k,
-            v,
-            batch.cu_seqlens_q,
-            batch.cu_seqlens_k,
-            softmax_scale=problem.softmax_scale,
-            causal=problem.causal,
-            max_seqlen_q=batch.max_q_len,
-            out=out,
-            impl=impl,
-        )
+            problem.kernel = f"mla_prefill, {which_impl(mla_prefill, *given, out=out, **options)}"
+        return mla_prefill(*given, out=out, **options)
 
     return run
-
-
-# The operators choose within themselves, so that is where these two look: into what is private to them.
-def _decode_impl(problem: MLAProblem, q: Any, cache: Any, table: Any, num_splits: int | None, impl: str | None) -> str:
-    from mlakit.decode.ops import _candidates
-    from mlakit.dispatch import choose
-
-    candidates = _candidates(q, cache, table, problem.softmax_scale, problem.dims.kv_lora_rank, num_splits)
-    return choose("mla_decode", impl, candidates)
-
-
-def _prefill_kernel(problem: Problem, q: Any, k: Any, v: Any, out: Any, impl: str | None) -> str:
-    from mlakit.prefill.api import _choose
-    from mlakit.prefill.ops import _takes_hopper
-
-    batch = problem.batch
-    chosen = _choose(impl, q, k, v, None, out, batch.size)
-    if chosen == "auto":
-        hopper = _takes_hopper(q, k, v, None, batch.cu_seqlens_q, batch.max_q_len, False)
-        chosen = "hopper" if hopper else "triton"
-    return f"mla_prefill, {chosen}"
 
 
 def _concatenate(tensors: list[Any]) -> Any:

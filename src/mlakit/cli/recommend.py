@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from mlakit.studies import row_flags
+
 _EXAMPLES = """\
 examples:
   mlakit recommend --model deepseek-v3 --tp 8 --batch-specs 64q1s4k 16q4s4k "2q2k_32q1s1k"
@@ -12,8 +14,6 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    from mlakit.studies.recommend import add_arguments
-
     parser = subparsers.add_parser(
         "recommend",
         help="which backend and settings to use for your workloads, by measuring them here",
@@ -23,7 +23,18 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_arguments(parser)
+    parser.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="your workloads, one batch each")
+    parser.add_argument("--config", metavar="NAME|FILE", help="take the batches of a config (mlakit configs)")
+    parser.add_argument(
+        "--scope",
+        choices=["attention", "pipeline"],
+        help="attention alone, or with the projections around it (default: attention for batches of plain decode, "
+        "where all pipelines start alike, pipeline for the others)",
+    )
+    parser.add_argument(
+        "--tune", action=argparse.BooleanOptionalAction, default=True, help="try the settings of backends close to best"
+    )
+    row_flags.add_arguments(parser, backends="all that compute the model's attention")
     parser.set_defaults(run=run)
 
 

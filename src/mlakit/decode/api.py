@@ -4,11 +4,21 @@ from typing import Any
 
 import torch
 
-from mlakit.decode.ops import check_capacity, decode, decode_out
+from mlakit.decode.ops import candidates, check_capacity, decode, decode_out
 from mlakit.decode.reference import mla_decode_reference
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose, unobserved
+from mlakit.dispatch import (
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+    choose,
+    chooses,
+    unobserved,
+)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NO_GRADIENT = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
+_WITH_GRADIENT = {"reference": None, "triton": _NO_GRADIENT, "hopper": _NO_GRADIENT}
 
 
 def mla_decode(
@@ -73,6 +83,26 @@ def mla_decode(
     return out, into(*inputs, out, *options)
 
 
+@chooses(mla_decode)
+def _which(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    kv_lora_rank: int = 512,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> str:
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, out)
+    if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
+        return choose("mla_decode", impl, _WITH_GRADIENT)
+    return choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
+
+
 def _differentiable(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -86,8 +116,7 @@ def _differentiable(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if out is not None:
         raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
-    reason = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
-    choose("mla_decode", impl, {"reference": None, "triton": reason, "hopper": reason})
+    choose("mla_decode", impl, _WITH_GRADIENT)
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
     return mla_decode_reference(

@@ -58,7 +58,7 @@ def decode_out(
 ) -> torch.Tensor:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
-    chosen = choose("mla_decode", impl, _candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
+    chosen = choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
     if chosen == "reference":
         result, lse = mla_decode_reference(
             q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
@@ -98,7 +98,7 @@ def decode_out(
     return lse
 
 
-def _candidates(
+def candidates(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -106,6 +106,7 @@ def _candidates(
     kv_lora_rank: int,
     num_splits: int | None,
 ) -> dict[str, str | None]:
+    """Implementations, fastest first, each with why it cannot run these inputs (None if it can)."""
     device = str(q.device)
     triton = _environment_reason(device, os.environ.get("TRITON_INTERPRET", "0") == "1")
     triton = triton or _input_reason(q, cache, kv_lora_rank)

@@ -11,6 +11,7 @@ from mlakit.dispatch import (
     check_shape,
     choose,
     choose_triton,
+    chooses,
     unobserved,
 )
 from mlakit.prefill.config import MAX_BACKWARD_DIM, MAX_QK_DIM, MAX_V_DIM
@@ -91,6 +92,32 @@ def mla_prefill(
         return out, fill(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, hint, k_pe, chosen)
     run = ops.run_prefill if plain else ops.mla_prefill
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, hint, k_pe, chosen)
+
+
+@chooses(mla_prefill)
+def _which(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    k_pe: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> str:
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, k_pe, max_seqlen_q, out)
+    chosen = _choose(impl, q, k, v, k_pe, out, cu_seqlens_q.shape[0] - 1)
+    if chosen not in ("auto", "hopper"):
+        return chosen
+
+    from mlakit.prefill.ops import takes_hopper
+
+    hint = -1 if max_seqlen_q is None else max_seqlen_q
+    return "hopper" if takes_hopper(q, k, v, k_pe, cu_seqlens_q, hint, chosen == "hopper") else "triton"
 
 
 def _check(

@@ -181,7 +181,7 @@ def _forward(
     impl: str = "auto",
 ) -> torch.Tensor:
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
-    if impl != "triton" and _takes_hopper(q, k, v, k_pe, cu_seqlens_q, max_seqlen_q, impl == "hopper"):
+    if impl != "triton" and takes_hopper(q, k, v, k_pe, cu_seqlens_q, max_seqlen_q, impl == "hopper"):
         from mlakit.prefill.hopper_launch import _launch_hopper
 
         _launch_hopper(
@@ -210,7 +210,7 @@ def _forward(
     return lse
 
 
-def _takes_hopper(
+def takes_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -219,6 +219,11 @@ def _takes_hopper(
     max_seqlen_q: int,
     named: bool,
 ) -> bool:
+    """Whether the Hopper kernel runs these very tensors; `named`: the caller asked for it.
+
+    Raises:
+        RuntimeError: it was asked for and cannot.
+    """
     reason = why_not_hopper(q, k, v, k_pe, cu_seqlens_q.numel() - 1) or why_not_aligned(q, k, v, k_pe)
     if named and reason is not None:
         raise RuntimeError(f"mla_prefill: impl='hopper' cannot run: {reason}")

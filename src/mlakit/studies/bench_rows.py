@@ -1,4 +1,4 @@
-"""What the studies of the bench's rows share: their flags, the device, and rows on demand kept in a record."""
+"""What the studies of the bench's rows share: the device, and rows on demand kept in a record."""
 
 import argparse
 import sys
@@ -13,39 +13,11 @@ from mlakit.bench.results import BenchmarkResult, Record
 from mlakit.bench.runner import Device, Meter, new_session, probe
 from mlakit.bench.units import rate
 from mlakit.dims import MLADims, preset
+from mlakit.studies.row_flags import REPEATS
 
 _DTYPES = {"cpu": "fp32", "cuda": "bf16"}  # as in `bench`: what each computes fastest
 CPU_MODEL = {"mla": "deepseek-v2-lite", "standard": "tiny-gqa"}
 STANDARD_MODEL = "llama-3-8b"
-_REPEATS = {"cpu": 5, "cuda": 40}
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, backends: str) -> None:
-    """The flags they share; `backends` says which run if none are named."""
-    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help=f"which to measure (default: {backends})")
-    parser.add_argument(
-        "--model", metavar="PRESET", help=f"dimensions by name (default: {DEFAULT_MLA_MODEL}; on a CPU a small one)"
-    )
-    parser.add_argument(
-        "--tp", type=positive, default=1, metavar="N", help="tensor parallelism: a GPU has 1/N of the model's heads"
-    )
-    parser.add_argument("--num-q-heads", type=positive, metavar="N", help="query heads of the model, before --tp")
-    parser.add_argument("--block-size", type=positive, default=64, metavar="N", help="tokens in a page (default: 64)")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cuda:0, cpu or auto (default)")
-    parser.add_argument(
-        "--repeats", type=positive, metavar="N", help=f"samples of a row (default: {_REPEATS['cuda']}; on a CPU 5)"
-    )
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="patience for one row")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="save the record as JSON")
-    parser.add_argument("--resume", action="store_true", help="go on with --output-json: only missing rows run")
-    parser.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 @dataclass
@@ -133,7 +105,7 @@ def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any =
             "dtype": dtypes[kind][0],
             "device": device.name,
             "num_layers": 1,  # the cache is flushed before each sample: one layer is as good as several
-            "repeats": args.repeats or _REPEATS[kind],
+            "repeats": args.repeats or REPEATS[kind],
             "timeout": args.timeout,
         }
         path = path or output_folder(None, name, "") / "record.json"

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlakit.studies import bench_rows
+from mlakit.studies import row_flags
 from mlakit.studies.command import output_file, run_study
 
 if TYPE_CHECKING:
     from mlakit.bench.results import BenchmarkResult
+    from mlakit.studies.bench_rows import Rows
     from mlakit.studies.num_splits_report import Choice
 
 NAME = "num-splits"
@@ -33,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values",
         nargs="+",
-        type=bench_rows.positive,
+        type=row_flags.positive,
         metavar="N",
         help="numbers of pieces beside auto (default: powers of two)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot as PNG (default: beside the record)")
-    bench_rows.add_arguments(parser, backends="all that declare num_kv_splits or num_splits")
+    row_flags.add_arguments(parser, backends="all that declare num_kv_splits or num_splits")
 
 
 def splits_parameter(backend: str) -> str | None:
@@ -85,7 +86,7 @@ def measure_until_worse(
     return rows
 
 
-def study_batch(rows: bench_rows.Rows, backend: str, spec: str, asked: Sequence[int] | None) -> Choice:
+def study_batch(rows: Rows, backend: str, spec: str, asked: Sequence[int] | None) -> Choice:
     """All rows of one backend on one batch, and what follows from them."""
     from mlakit.studies.num_splits_report import Choice
 
@@ -140,11 +141,12 @@ def run(args: argparse.Namespace) -> int:
     backends = check(args)
     plot_path = output_file(args.plot, "--plot")
     from mlakit.bench.table import make_console
+    from mlakit.studies.bench_rows import open_rows
     from mlakit.studies.num_splits_report import findings, print_choices
 
     description = "Into how many pieces should a request's keys be cut, and what does auto cost against the best?"
     choices, reasons = [], {}
-    with bench_rows.open_rows(args, NAME, description) as rows:
+    with open_rows(args, NAME, description) as rows:
         specs = args.batch_specs or (CPU_BATCH_SPECS if rows.device.name == "cpu" else BATCH_SPECS)
         for backend in backends:
             for spec in specs:

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies import bench_rows
 from mlakit.studies.num_splits import PARAMETERS as SPLITS
 from mlakit.studies.num_splits import measure_until_worse, values_for
 
 if TYPE_CHECKING:
     from mlakit.bench.results import BenchmarkResult
+    from mlakit.studies.bench_rows import Rows
     from mlakit.studies.recommend_report import Advice, Setting
 
 NAME = "recommend"
@@ -25,22 +25,6 @@ _CONTENDERS = 1.3  # backends this close to the best try their settings
 _FINALISTS = 1.1  # settings this close to the best are measured again
 _MOST_FINALISTS = 5
 _ROUNDS = 3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags to a parser."""
-    parser.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="your workloads, one batch each")
-    parser.add_argument("--config", metavar="NAME|FILE", help="take the batches of a config (mlakit configs)")
-    parser.add_argument(
-        "--scope",
-        choices=["attention", "pipeline"],
-        help="attention alone, or with the projections around it (default: attention for batches of plain decode, "
-        "where all pipelines start alike, pipeline for the others)",
-    )
-    parser.add_argument(
-        "--tune", action=argparse.BooleanOptionalAction, default=True, help="try the settings of backends close to best"
-    )
-    bench_rows.add_arguments(parser, backends="all that compute the model's attention")
 
 
 def thresholds_for(backend: str, spec: str) -> list[int]:
@@ -67,9 +51,7 @@ def scope_for(spec: str, asked: str | None, attention: str) -> str:
     return "attention" if all(request.is_decode for request in parse_batch_spec(spec)) else "pipeline"
 
 
-def advise(
-    rows: bench_rows.Rows, spec: str, backends: Sequence[str], *, scope: str, tune: bool, name: str | None
-) -> Advice:
+def advise(rows: Rows, spec: str, backends: Sequence[str], *, scope: str, tune: bool, name: str | None) -> Advice:
     """Measure one workload."""
     from mlakit.studies.recommend_report import Advice, Setting
 
@@ -154,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.backends import registry
     from mlakit.bench.config import infer_attention
     from mlakit.bench.table import make_console
+    from mlakit.studies.bench_rows import open_rows
     from mlakit.studies.recommend_report import findings, print_advice
 
     batches(args, cpu=True)
@@ -164,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if wrong:
         raise ValueError(f"--backends: {wrong[0]} computes no {attention} attention")
     advice: list[Advice] = []
-    with bench_rows.open_rows(args, NAME, "Which backend, with which settings, for each workload?") as rows:
+    with open_rows(args, NAME, "Which backend, with which settings, for each workload?") as rows:
         todo = batches(args, cpu=rows.device.name == "cpu")
         reasons: dict[str, str] = {}
         for spec, name in todo.items():

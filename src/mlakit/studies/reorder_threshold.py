@@ -14,11 +14,12 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlakit.studies import bench_rows
+from mlakit.studies import row_flags
 from mlakit.studies.command import output_file, run_study
 
 if TYPE_CHECKING:
     from mlakit.bench.crossover import Point
+    from mlakit.studies.bench_rows import Rows
 
 BATCH_SIZES = tuple(2**i for i in range(9))  # 1 to 256
 CPU_BATCH_SIZES = (1, 4)
@@ -31,21 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's flags to a parser."""
     sizes = " ".join(map(str, BATCH_SIZES))
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=bench_rows.positive, metavar="B", help=f"requests (default: {sizes})"
+        "--batch-sizes", nargs="+", type=row_flags.positive, metavar="B", help=f"requests (default: {sizes})"
     )
     parser.add_argument(
         "--kv-len",
-        type=bench_rows.positive,
+        type=row_flags.positive,
         metavar="S",
         help=f"keys of each request (default: {KV_LEN}; on a CPU {CPU_KV_LEN})",
     )
     parser.add_argument(
-        "--max-q-len", type=bench_rows.positive, metavar="Q", help="most new tokens a request (default: --kv-len)"
+        "--max-q-len", type=row_flags.positive, metavar="Q", help="most new tokens a request (default: --kv-len)"
     )
     parser.add_argument(
         "--q-lens",
         nargs="+",
-        type=bench_rows.positive,
+        type=row_flags.positive,
         metavar="Q",
         help="measure these and no others, instead of searching",
     )
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with the projections of each pipeline (default), or attention alone",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot as PNG (default: beside the record)")
-    bench_rows.add_arguments(parser, backends="mlakit; on a CPU sdpa")
+    row_flags.add_arguments(parser, backends="mlakit; on a CPU sdpa")
 
 
 def search(at: Callable[[int], Point], longest: int, resolution: float) -> list[Point]:
@@ -105,7 +106,7 @@ def _between(points: dict[int, Point], resolution: float) -> int | None:
     return None
 
 
-def measure(rows: bench_rows.Rows, backend: str, size: int, kv_len: int, args: argparse.Namespace) -> None:
+def measure(rows: Rows, backend: str, size: int, kv_len: int, args: argparse.Namespace) -> None:
     """All points of one curve, into the record."""
     from mlakit.bench.batch_spec import BatchRequest, to_batch_spec
     from mlakit.bench.crossover import Point
@@ -153,12 +154,13 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.backends import registry
     from mlakit.bench.crossover import find_curves, recommend_thresholds
     from mlakit.bench.table import make_console
+    from mlakit.studies.bench_rows import open_rows
     from mlakit.studies.reorder_threshold_report import findings, print_curves
 
     check(args)
     plot_path = output_file(args.plot, "--plot")
     description = "At what query length does the prefill pipeline become faster than the decode pipeline?"
-    with bench_rows.open_rows(args, NAME, description, mode="decode_vs_prefill") as rows:
+    with open_rows(args, NAME, description, mode="decode_vs_prefill") as rows:
         cpu = rows.device.name == "cpu"
         kv_len = args.kv_len or (CPU_KV_LEN if cpu else KV_LEN)
         if args.q_lens and max(args.q_lens) > kv_len:
