@@ -39,9 +39,10 @@ class Comparisons:
             groups.setdefault(config.comparison, _Comparison()).configs.append(config)
         self._groups = list(groups.values())
         for group in self._groups:
-            homes = Counter(home for config in group.configs if (home := self._measured_on(config)) is not None)
-            # One that is here wins over one that is not, then the one with the most rows.
-            group.home = max(homes, key=lambda home: (home in gpus, homes[home]), default=None)
+            homes = Counter(home for config in group.configs if (home := self._measured_on(config)) in gpus)
+            group.home = max(homes, key=lambda home: homes[home], default=None)
+        if record.rows:
+            self._conclude()
 
     def missing(self) -> list[BenchmarkConfig]:
         """Rows that are not in the record, or whose comparison is on another GPU than their time is from."""
@@ -65,8 +66,7 @@ class Comparisons:
         self._rows[key] = row
         known = list(self._rows.values())
         self.record.rows[:] = sorted(known, key=lambda r: self._order.get(r.config.key, len(self._order)))
-        self.record.one_gpu_a_comparison = one_gpu_a_comparison(self.record.rows)
-        self.record.complete = not self.missing()
+        self._conclude()
 
     def lost(self, config: BenchmarkConfig, place: Place, reason: str) -> BenchmarkResult | None:
         """The worker that measured a row is gone. The row goes to another; or, the third time, is put as crashed and
@@ -81,6 +81,10 @@ class Comparisons:
         self._losses[config.key] -= 1  # `put` counts the attempt that it is
         self.put(row, place)
         return row
+
+    def _conclude(self) -> None:
+        self.record.one_gpu_a_comparison = one_gpu_a_comparison(self.record.rows)
+        self.record.complete = not self.missing()
 
     def _measured_on(self, config: BenchmarkConfig) -> str | None:
         """The GPU that a row's time is from; None if it has none."""

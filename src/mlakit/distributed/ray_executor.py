@@ -48,6 +48,10 @@ class RayExecutor(contextlib.AbstractContextManager["RayExecutor"]):
             ValueError: no such device to be had, or what `Connection` raises.
             DeviceError: no worker came up, or what `Connection` raises.
         """
+        if device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise ValueError(
+                f"with --executor ray the device is cuda, cpu or auto, got {device!r}: Ray gives out the GPUs"
+            )
         listener.stage("connecting to Ray")
         connection = self._open.enter_context(contextlib.closing(Connection(self._address)))
         crew = Crew(connection, _kind(device, connection), dtypes, listener.note)
@@ -92,13 +96,10 @@ _WORDS = {"cuda": "GPU", "cpu": "CPU"}
 
 
 def _kind(device: str, connection: Connection) -> str:
+    """What is asked for, "cuda" or "cpu", or else what the cluster has."""
     nodes = connection.nodes()
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes) else "cpu"
-    if device not in ("cpu", "cuda", "cuda:0"):
-        raise ValueError(
-            f"with --executor ray the device is cuda, cpu or auto (Ray gives out the GPUs), got {device!r}"
-        )
     kind = device.removesuffix(":0")
     if not any(node.gpus if kind == "cuda" else node.cpus for node in nodes):
         where = "this machine" if connection.started_here else f"the Ray cluster at {connection.address}"
