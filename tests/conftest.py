@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests.support import browser
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = os.environ.get("MLAKIT_TEST_GPU") == "1"
 
@@ -15,6 +17,8 @@ def _left_out(item: pytest.Item) -> str | None:
         return None if ON_GPU else "need a GPU: make test-gpu"
     if ON_GPU:
         return "need no GPU: make test"
+    if item.get_closest_marker("browser") and not browser.find_browser() and not INTERPRETING:
+        return browser.HOW
     if bool(item.get_closest_marker("interpret")) != INTERPRETING:
         return "run in the other of make test's two passes" if not INTERPRETING else "ran in make test's first pass"
     return None

@@ -55,8 +55,11 @@ def _name(entries: Sequence[Entry]) -> None:
     for more in telling:
         if not _twice(entries):
             return
-        for entry in entries:
-            entry.label = f"{entry.label} ({more(entry)})" if more(entry) else entry.label
+        longer = [f"{entry.label} ({more(entry)})" if more(entry) else entry.label for entry in entries]
+        before = {(entry.job, entry.label) for entry in entries}
+        if len({(entry.job, label) for entry, label in zip(entries, longer, strict=True)}) > len(before):
+            for entry, label in zip(entries, longer, strict=True):
+                entry.label = label
     for same in _twice(entries):  # measured twice in one go
         for number, entry in enumerate(same[1:], start=2):
             entry.label = f"{entry.label} ({number})"
