@@ -1,9 +1,12 @@
+from math import exp
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlakit.bench import config_file
-from mlakit.bench.config_file import ConfigFile, RangeVariable, SpecRange, Sweep
+from mlakit.bench.batch_spec import parse_batch_spec
+from mlakit.bench.config_file import BatchMix, ConfigFile, RangeVariable, SpecRange, Sweep
 
 
 @pytest.fixture
@@ -217,6 +220,57 @@ batch_spec_ranges:
 )
 def test_sweep_values(fields, values):
     assert Sweep(param_name="x", **fields).all_values() == values
+
+
+def test_several_sweeps():
+    one, two = ({"param_name": name, "values": [1]} for name in ("a", "b"))
+    content = ConfigFile.model_validate({"parameter_sweep": one, "parameter_sweeps": [two]})
+    assert [sweep.param_name for sweep in content.sweeps()] == ["a", "b"]
+    with pytest.raises(ValueError, match="a parameter is swept twice: a, a"):
+        ConfigFile.model_validate({"parameter_sweep": one, "parameter_sweeps": [one]})
+
+
+# --- mixes ---
+
+
+def _mix(**part):
+    return BatchMix.model_validate({"name": "m", "seed": 3, "parts": [{"requests": 400, **part}]})
+
+
+def test_a_mix_is_the_same_batch_everywhere():
+    mix = {"name": "m", "seed": 3, "parts": [
+        {"requests": 3, "context": {"median": 1000, "sigma": 1, "max": 9000}},
+        {"requests": 2, "q_len": {"distribution": "uniform", "min": 2, "max": 9}, "context": 7},
+        {"requests": 2, "q_len": 5},
+    ]}  # fmt: skip
+    # Random() and NormalDist.inv_cdf alone are used, whose numbers Python promises.
+    assert BatchMix.model_validate(mix).spec() == "q1s1119_q1s1302_q1s222_q2s9_q4s11_2q5"
+    content = ConfigFile.model_validate({"batch_specs": ["q1"], "batch_sizes": [2], "batch_mixes": [mix]})
+    assert content.specs() == ["2q1", BatchMix.model_validate(mix).spec()]  # sizes are not for mixes
+    assert list(content.mix_names().values()) == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "median", "spread"),
+    # Half of 400 draws lie below the median, some 68% within a deviation of it; what is cut off piles up at its bound.
+    [
+        ({"median": 1000, "sigma": 0.5, "max": 10**6}, 1000, (1000 * exp(-0.5), 1000 * exp(0.5))),
+        ({"distribution": "normal", "mean": 1000, "std": 100, "max": 10**6}, 1000, (900, 1100)),
+        ({"distribution": "uniform", "min": 500, "max": 1500}, 1000, (660, 1340)),
+    ],
+)
+def test_lengths_follow_their_distribution(lengths, median, spread):
+    drawn = sorted(r.context_len for r in parse_batch_spec(_mix(context=lengths).spec()))
+    assert drawn[200] == pytest.approx(median, rel=0.1)
+    assert sum(spread[0] <= n <= spread[1] for n in drawn) / 400 == pytest.approx(0.68, abs=0.07)
+
+
+def test_lengths_stay_within_their_bounds():
+    drawn = {
+        r.context_len for r in parse_batch_spec(_mix(context={"median": 50, "sigma": 3, "min": 40, "max": 60}).spec())
+    }
+    assert min(drawn) == 40
+    assert max(drawn) == 60
 
 
 # --- a CPU runs smaller ---
@@ -517,6 +571,17 @@ def _load(tmp_path, text):
         ("batch_specs: [q1]\nparameter_sweep: {param_name: a, values: [1], label_format: '{backend.x}'}\n",
          2, "may use"),
         ("batch_specs: [q1]\nFLASHMLA: {a: 1}\nflashmla: {b: 1}\n", 1, "flashmla are given twice"),
+        ("batch_mixes:\n  - name: m\n    parts:\n      - {requests: 1, contxt: 3}\n", 4, "did you mean 'context'"),
+        ("batch_mixes:\n  - name: m\n    parts:\n      - {requests: 1, q_len: 0}\n", 4,
+         "q_len must be at least 1, got 0"),
+        ("batch_mixes:\n  - name: m\n    parts:\n      - requests: 1\n        context: {median: 3, max: 9}\n", 5,
+         "lognormal wants median and sigma; given are median"),
+        ("batch_mixes:\n  - name: m\n    parts:\n      - requests: 1\n"
+         "        context: {median: 3, sigma: 1, min: 9, max: 1}\n",
+         5, "min must not be above max, got 9 and 1"),
+        ("batch_mixes:\n  - {name: m, parts: [{requests: 1}]}\n  - {name: m, parts: [{requests: 2}]}\n",
+         1, "twice: m, m"),
+        ("batch_specs: [q1]\nparameter_sweeps:\n  - {param_name: a, valuess: [1]}\n", 3, "did you mean 'values'"),
         ("a: &a [*a]\n", 1, "alias refers to what it is part of"),
     ],
 )  # fmt: skip

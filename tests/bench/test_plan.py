@@ -400,6 +400,14 @@ def test_a_row_that_comes_up_twice_is_measured_once():
             "reorder_batch_threshold must be a whole number or auto, got 'many'",
         ),
         (
+            {
+                **ONE,
+                "model_parameter_sweep": {"param_name": "num_q_heads", "values": [4]},
+                "parameter_sweep": {"param_name": "num_q_heads", "values": [2]},
+            },
+            "a parameter is swept twice: num_q_heads",
+        ),
+        (
             {**ONE, "backend_parameters": {"sdpa": {"reorder_batch_treshold": 1}}},
             "sdpa has no parameter 'reorder_batch_treshold'; did you mean 'reorder_batch_threshold'?",
         ),
@@ -430,6 +438,7 @@ def test_every_packaged_config_plans(name, device):
     content = loaded.on_cpu if device == "cpu" else loaded.content
     found = make_plan(settings_for(loaded, {}, cpu=device == "cpu"), device)
     points = [s.all_values() if s else [None] for s in (content.parameter_sweep, content.model_parameter_sweep)]
+    assert content.parameter_sweeps == []
     pipelines = 2 if content.mode == "decode_vs_prefill" else 1
     count = len(content.specs()) * len(content.backend_names()) * len(points[0]) * len(points[1]) * pipelines
     assert len(found.rows) == count
@@ -485,3 +494,36 @@ def test_a_size_that_is_no_number(value):
     sweep = {"param_name": "kv_lora_rank", "values": [value]}
     with pytest.raises(ValueError, match=r"kv_lora_rank|whole number"):
         make_plan(settings_for(None, {**flags, "parameter_sweep": sweep}, cpu=True), "cpu")
+
+
+def test_sweeps_on_the_command_line_give_their_product_sizes_outermost():
+    flags = {
+        **ONE,
+        "parameter_sweep": {"param_name": "reorder_batch_threshold", "values": [1, 8]},
+        "parameter_sweeps": [{"param_name": "num_q_heads", "values": [4, 2]}],
+    }
+    assert [(r.num_q_heads, r.reorder_batch_threshold, r.title) for r in plan(**flags).rows] == [
+        (4, 1, "sdpa_num_q_heads_4 reorder_batch_threshold_1"),
+        (4, 8, "sdpa_num_q_heads_4 reorder_batch_threshold_8"),
+        (2, 1, "sdpa_num_q_heads_2 reorder_batch_threshold_1"),
+        (2, 8, "sdpa_num_q_heads_2 reorder_batch_threshold_8"),
+    ]
+
+
+def test_sweeps_of_the_command_line_replace_those_of_a_file(load):
+    loaded = load(FILE + "parameter_sweeps: [{param_name: block_size, values: [16, 32]}]\n")
+    assert len(make_plan(settings_for(loaded, {}, cpu=True), "cpu").rows) == 12 * 3 * 2
+    flags = {"parameter_sweep": {"param_name": "num_q_heads", "values": [4]}}
+    settings = settings_for(loaded, flags, cpu=True)
+    assert "--sweep-param replaces parameter_sweeps of mine" in settings.notes
+    assert len(make_plan(settings, "cpu").rows) == 12
+
+
+def test_a_mix_is_a_row_with_a_name():
+    mix = {"name": "chat", "parts": [{"requests": 3, "context": {"median": 20, "sigma": 1.0, "max": 99}}]}
+    (one,) = plan(backends=["sdpa"], model={"name": "tiny"}, batch_mixes=[mix]).rows
+    assert one.batch_title == one.batch_name == "chat"
+    assert len(one.requests()) == 3
+    unnamed = one.model_copy(update={"batch_name": None})
+    assert unnamed.key == one.key
+    assert unnamed.batch_title == one.batch_spec

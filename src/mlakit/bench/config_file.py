@@ -142,7 +142,7 @@ class Lengths(_Section):
     mean: float | None = Field(default=None, gt=0)
     std: float | None = Field(default=None, ge=0)
     min: int = Field(default=1, ge=0)
-    max: int = Field(ge=1)
+    max: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _complete(self) -> "Lengths":
@@ -177,12 +177,23 @@ class Lengths(_Section):
 _SHAPE: dict[str, tuple[str, ...]] = {"lognormal": ("median", "sigma"), "normal": ("mean", "std"), "uniform": ()}
 
 
+def _lengths(value: Any) -> Any:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return {"distribution": "uniform", "min": value, "max": value} if is_number else value
+
+
 class MixPart(_Section):
-    """Requests of one kind: `q_len` new tokens each behind `context` tokens, both a number or `Lengths`."""
+    """Requests of one kind: `q_len` new tokens each behind `context` tokens, both `Lengths`, or a number."""
 
     requests: int = Field(ge=1)
-    q_len: Annotated[int, Field(ge=1)] | Lengths = 1
-    context: Annotated[int, Field(ge=0)] | Lengths = 0
+    q_len: Annotated[Lengths, BeforeValidator(_lengths)] = Lengths(distribution="uniform", min=1, max=1)
+    context: Annotated[Lengths, BeforeValidator(_lengths)] = Lengths(distribution="uniform", min=0, max=0)
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> "MixPart":
+        if self.q_len.min < 1:
+            raise ValueError(f"q_len must be at least 1, got {self.q_len.min}")
+        return self
 
 
 class BatchMix(_Section):
@@ -198,7 +209,7 @@ class BatchMix(_Section):
         requests = []
         for part in self.parts:
             for _ in range(part.requests):
-                q_len, context = (x if isinstance(x, int) else x.draw(rng) for x in (part.q_len, part.context))
+                q_len, context = part.q_len.draw(rng), part.context.draw(rng)
                 requests.append(BatchRequest(q_len, q_len + context))
         return to_batch_spec(requests)
 
@@ -378,8 +389,8 @@ def load(name_or_path: str) -> LoadedConfig:
         overrides = _in_our_spelling(overrides)
     except ValueError as error:
         raise ValueError(f"{lines.where(('on_cpu',))}: on_cpu: {error}") from error
-    for together in ({"batch_specs", "batch_spec_ranges"}, {"backend", "backends"}):
-        if together & set(overrides):  # one of them replaces both
+    for together in ({"batch_specs", "batch_spec_ranges", "batch_mixes"}, {"backend", "backends"}):
+        if together & set(overrides):  # one of them replaces all
             base = {k: v for k, v in base.items() if k not in together}
     on_cpu = _validate(_merge(base, overrides), lines, ("on_cpu",))
     return LoadedConfig(path.stem, content, on_cpu, sorted(overrides))
