@@ -8,7 +8,7 @@ RUN    ?= $(BIN)/python
 READY  := $(if $(filter $(BIN)/python,$(RUN)),$(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu bench-h200 clean
+.PHONY: help demo test lint format docs tables test-gpu bench-h200 clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,13 @@ test: lint ## lint, type check and every CPU test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto
 
+docs: $(STAMP) ## build the documentation, with the reference, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+tables: $(STAMP) ## write the tables and plots of README and docs anew from results/
+	$(BIN)/mlakit report --update README.md $$(find docs -name '*.md')
+
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 	PYTHONPATH="src:$$PYTHONPATH" MLAKIT_TEST_GPU=1 $(RUN) -m pytest -p no:cacheprovider tests/gpu
 
@@ -42,4 +49,4 @@ bench-h200: $(READY) ## measure on this GPU and refresh results/h200
 	PYTHONPATH="src:$$PYTHONPATH" $(RUN) benchmarks/h200/run_all.py
 
 clean: ## remove what make and the tools left
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,76 +1,259 @@
-"""README and docs are run, not believed: every Python block and every command, on a CPU, at a size of seconds."""
+"""README and docs are run, not believed: every block of code, on a CPU, at a size of seconds.
 
+A block is Python (executed), shell (every command executed with smaller sizes), YAML (read as a config of the bench),
+TOML (parsed) or text (output, or another program's words: nothing to run). Above a block that cannot run here stands
+
+    <!-- needs a GPU -->    its commands are parsed and planned for a GPU, its Python compiled and its imports resolved
+    <!-- takes minutes -->  the same, planned for a CPU too
+
+A document's blocks run in their order in one folder, so that a later one may use what an earlier one wrote.
+"""
+
+import ast
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from mlakit.bench import config_file
+from mlakit.bench.plan import make_plan, settings_for
+from mlakit.cli.bench import flags
+from mlakit.cli.main import build_parser, main
+from mlakit.report.documents import update_documents
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SMALLER = ["--device", "cpu", "--num-layers", "1", "--repeats", "1", "--warmup-iters", "0"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKERS = {"needs a GPU": ("cuda:0",), "takes minutes": ("cuda:0", "cpu")}
+
+# Documents whose commands are run, not parsed and planned alone: what a bench or a study prints is the business of
+# their own tests, and each process that imports torch takes two seconds.
+RUN = {"README.md": "bench", "adding-a-backend.md": "bench", "layer.md": "study", "seeds.md": "study"}
+
+# What makes a command take seconds; the last value of a flag counts.
+SMALLER = {
+    "bench": "--device cpu --num-layers 1 --repeats 1 --warmup-iters 0",
+    "bench --config": "--batch-specs q1s64 --backends torch_absorb --device cpu --num-layers 1 --repeats 1",
+    "study k-concat": "--device cpu --batch-sizes 32 --num-iters 2 --num-warmup 1",
+    "study sparse-prefill": "--device cpu --configs 8,128,16 --warmup 1 --rep 1",
+    "study layers": "--device cpu --seq-lengths 32 --batch-sizes 1 --trials 1 --warmup 1",
+    "study correctness": "--device cpu --min-seq-len 32 --max-seq-len 32 --seq-len-step 32 --batch-sizes 1 --trials 1",
+    "study fast-path": "--device cpu --seq-lengths 32 --batch-size 1 --trials 1 --warmup 1",
+}
 
 
-def _blocks(language: str) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code, the line it starts at, and the marker above it."""
+
+    where: str
+    language: str
+    text: str
+    marker: str
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a shell block."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text()
     found = []
-    for path in DOCUMENTS:
-        found += [(path.name, block) for block in re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)]
+    pattern = r"(?:^<!-- ([^\n]*) -->\n+)?^```([^\n]*)\n(.*?)^```"
+    for match in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        line = text.count("\n", 0, match.start(2)) + 1
+        found.append(Block(f"{path.name}:{line}", match[2], match[3], match[1] if match[1] in MARKERS else ""))
     return found
 
 
-def _run(command: list[str], folder: Path) -> None:
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+def smaller(words: list[str]) -> list[str]:
+    name = " ".join(words[:2]) if words[0] == "study" else words[0]
+    if name == "bench" and "--config" in words:
+        name = "bench --config"
+    return [*words, *SMALLER.get(name, "").split()]
 
 
-@pytest.mark.parametrize(("document", "code"), _blocks("python"), ids=lambda value: value[:16])
-def test_python_blocks_run(document, code, tmp_path):
-    (tmp_path / "mine.py").write_text(code)
-    _run([sys.executable, "mine.py"], tmp_path)
+def plan(words: list[str], devices: tuple[str, ...]) -> None:
+    """Everything short of running a command of mlakit's."""
+    args = build_parser().parse_args(words)
+    if args.command == "bench":
+        config = config_file.load(args.config) if args.config else None
+        for device in devices:
+            assert make_plan(settings_for(config, flags(args), cpu=device == "cpu"), device).rows
 
 
-COMMANDS = [
-    (document, line)
-    for document, block in _blocks("sh")
-    for line in block.splitlines()
-    if "mlakit" in line.split("#")[0]
-]
+class Runner:
+    """Runs a document's blocks in a folder."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.ran: set[str] = set()  # studies; the second time a document shows one it is parsed
+
+    def block(self, block: Block) -> None:
+        if block.language == "python":
+            self._python(block)
+        elif block.language == "sh":
+            for words in block.commands():
+                self._command(words, block)
+        elif block.language == "yaml":
+            (self.folder / "config.yaml").write_text(block.text)
+            for cpu, device in ((True, "cpu"), (False, "cuda:0")):
+                assert make_plan(settings_for(config_file.load("config.yaml"), {}, cpu=cpu), device).rows
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+        else:
+            assert block.language in ("text", "markdown"), f"{block.where}: a block of {block.language or 'nothing'}"
+
+    def _python(self, block: Block) -> None:
+        code = compile(block.text, block.where, "exec")
+        if not block.marker:
+            (self.folder / "mine.py").write_text(block.text)  # docs/adding-a-backend.md calls its file so
+            exec(code, {"__name__": "__main__"})
+            return
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mlakit"):
+                assert all(resolve(f"{node.module}.{name.name}") for name in node.names)
+
+    def _command(self, words: list[str], block: Block) -> None:
+        """Run a command, or check it as far as it can be; one that no rule covers is an error."""
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words[0] == "torchrun":  # the command it launches is what can be wrong
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert {word for word in words[1:] if "=" not in word} <= set(targets)
+        elif words[:2] == ["pip", "install"]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert {
+                name for found in re.findall(r"\[([a-z,]+)\]", " ".join(words)) for name in found.split(",")
+            } <= set(extras)
+        elif words[0] == "python" and words[1] != "-m":
+            assert (ROOT / words[1]).is_file(), words[1]
+        elif words[0].removeprefix(".venv/bin/") == "mlakit":
+            self._mlakit(words[1:], block)
+        else:
+            raise AssertionError(f"{block.where}: tests/test_docs.py has no rule for {shlex.join(words)}")
+
+    def _mlakit(self, words: list[str], block: Block) -> None:
+        words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
+        plan(words, MARKERS.get(block.marker, ("cuda:0", "cpu")))
+        name = " ".join(words[:2])
+        document = block.where.partition(":")[0]
+        if block.marker or name in self.ran or (words[0] in ("bench", "study") and RUN.get(document) != words[0]):
+            return
+        if words[0] == "study":
+            self.ran.add(name)
+        words, printed = smaller(words), StringIO()
+        self.monkeypatch.setattr(sys, "argv", ["mlakit", *words])
+        with redirect_stdout(printed):
+            try:
+                code: object = main(words)
+            except SystemExit as end:
+                code = end.code
+        assert code in (0, None), f"{block.where}: mlakit {shlex.join(words)}: exit code {code}"
+        if target:
+            (self.folder / target).write_text(printed.getvalue())
 
 
-@pytest.mark.parametrize(("document", "line"), COMMANDS, ids=lambda value: value[-30:])
-def test_commands_run(document, line, tmp_path):
-    (tmp_path / "mine.py").write_text(dict(_blocks("python"))["adding-a-backend.md"])
-    words = shlex.split(line, comments=True)
-    assert words[0] in ("mlakit", ".venv/bin/mlakit")
-    extra = SMALLER if words[1] == "bench" and "quickstart" not in words else []
-    if "quickstart" in words:  # make demo runs it in full; here its config is read and its smallest batch measured
-        extra = [*SMALLER, "--batch-specs", "q1s64"]
-    _run([sys.executable, "-m", "mlakit", *words[1:], *extra], tmp_path)
+def resolve(name: str) -> object:
+    """What a dotted name stands for: a module, or something in one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, last = name.rpartition(".")
+        return getattr(resolve(module), last)
 
 
-def test_makefile_has_what_readme_opens_with():
-    head = (ROOT / "README.md").read_text().split("```")[1]
-    targets = re.findall(r"^make (\w+)", head, re.MULTILINE)
-    assert targets == ["demo", "test"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
+def test_every_block_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    runner = Runner(tmp_path, monkeypatch)
+    for block in blocks(path):
+        runner.block(block)
+    sys.modules.pop("mine", None)
+
+
+def test_commands_and_names_within_sentences_exist():
+    for path in DOCUMENTS:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`(mlakit[ .][^`]+)`", text):
+            if re.fullmatch(r"mlakit(\.\w+)+", span):
+                resolve(span)
+            elif span.startswith("mlakit ") and not re.search(r"\b[A-Z]{2,}\b|\.\.\.|--help", span):
+                words = shlex.split(span)[1:]
+                if len(words) == 1:
+                    assert words[0] in _commands()[0], span
+                else:
+                    plan(words, ("cuda:0", "cpu"))
+
+
+def test_tables_and_plots_are_the_records():
+    """`make tables` makes them anew."""
+    assert update_documents(DOCUMENTS, check=True) == []
+
+
+def test_readme_opens_with_the_two_commands():
+    first = blocks(ROOT / "README.md")[0]
+    assert [words[:2] for words in first.commands()] == [["make", "demo"], ["make", "test"]]
 
 
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
-def test_commands_named_in_readme_exist():
-    from mlakit.cli.main import build_parser
+def _commands() -> tuple[list[str], list[str]]:
+    """Names of all subcommands and studies."""
 
-    help_text = build_parser().format_help()
-    for name in re.findall(r"^\| `mlakit (\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE):
-        assert re.search(rf"^\s+{name}\b", help_text, re.MULTILINE), name
+    def inner(parser):
+        return next(action.choices for action in parser._actions if hasattr(action, "choices") and action.dest in names)
+
+    names = ("command", "study")
+    commands = inner(build_parser())
+    return list(commands), list(inner(commands["study"]))
+
+
+def test_every_command_and_study_is_documented():
+    readme = (ROOT / "README.md").read_text()
+    commands, studies = _commands()
+    for name in commands:
+        assert re.search(rf"^\| `mlakit {name}`", readme, re.MULTILINE), f"README's table of commands lacks {name}"
+    assert set(re.findall(r"^\| `mlakit ([\w-]+)`", readme, re.MULTILINE)) == set(commands)
+    everything = "".join(path.read_text() for path in DOCUMENTS)
+    for name in studies:
+        assert f"mlakit study {name}" in everything, f"no document shows mlakit study {name}"
+
+
+def test_every_public_name_is_in_the_reference():
+    import mlakit
+    import mlakit.nn
+
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE)}
+    layer = {name for name in vars(mlakit.nn) if name[0].isupper() and name != "ATTN_IMPLS"}
+    assert ({*mlakit.__all__, *layer} - {"__version__"}) - documented == set()
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """`make docs`: broken links, pages that no menu names, docstrings that do not match their function."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "softmax_scale" in (tmp_path / "api" / "operations" / "index.html").read_text()
+    assert "--batch-specs" in (tmp_path / "commands" / "index.html").read_text()

@@ -37,7 +37,8 @@ def get_mla_metadata(
             that may be copied into the static buffers of a CUDA graph. Without it: an empty object and None, as today.
         num_q_tokens_per_head_k: query rows a key head, q_len * num_heads_q // num_heads_k.
         num_heads_k: heads of the cache.
-        args, kwargs: further arguments of older versions; not read.
+        *args: further arguments of older versions; not read.
+        **kwargs: the same by name.
 
     Returns:
         (FlashMLASchedMeta, None), or tensors [parts, 8] and [batch + 1] int32, all zero.
@@ -77,7 +78,8 @@ def flash_mla_with_kvcache(
         block_table: [batch, max_pages] int32.
         cache_seqlens: [batch] int32.
         head_dim_v: width of the value, the first entries of a key; 512 for DeepSeek's models.
-        tile_scheduler_metadata, num_splits: from `get_mla_metadata`, or older versions' tensors; not read.
+        tile_scheduler_metadata: from `get_mla_metadata`, or an older version's tensor; not read.
+        num_splits: likewise.
         softmax_scale: multiplies the scores; 1/sqrt(head_dim) by default, as FlashMLA has it. (DeepSeek's models want
             1/sqrt(192): give it.)
         causal: bottom-right aligned mask; off by default.
@@ -88,7 +90,9 @@ def flash_mla_with_kvcache(
         attn_sink: [num_heads_q] float32, with `indices`: the output is multiplied by
             exp(lse) / (exp(lse) + exp(attn_sink)).
         topk_length: [batch] int32, with `indices`: only the first so many of a request's are used.
-        extra_k_cache, extra_indices_in_kvcache, extra_topk_length: a second cache, which is not here: leave them out.
+        extra_k_cache: a second cache, which is not here: leave it out.
+        extra_indices_in_kvcache: leave it out.
+        extra_topk_length: leave it out.
         out: written instead of a new tensor, [batch, q_len, num_heads_q, head_dim_v].
 
     Returns:

@@ -77,11 +77,12 @@ def escape(text: str) -> str:
 def _table(grid: Grid, value: Shown) -> str:
     unit, show = _formatter([cell for line in grid.cells for cell in line if cell], value)
     ratios = grid.ratios() if grid.baseline else []
+    marked = value not in ("host", "memory")  # which say nothing of speed
     header = [unit, *map(escape, grid.titles)] + (["times the speed"] if ratios else [])
     lines = [header, ["--"] + ["--:"] * (len(header) - 1)]
     for index, (label, cells) in enumerate(zip(grid.labels, grid.cells, strict=True)):
-        texts = [_cell(cell, show, _among_the_fastest(cell, cells)) if cell else "" for cell in cells]
-        ratio = [f"{ratios[index]:.2f}" if ratios[index] else ""] if ratios else []
+        texts = [_cell(cell, show, marked and _among_the_fastest(cell, cells)) if cell else "" for cell in cells]
+        ratio = [_ratio(ratios[index])] if ratios else []
         lines.append([escape(label), *texts, *ratio])
     return _lines(lines)
 
@@ -134,9 +135,14 @@ def _below(grid: Grid) -> str:
         ours = others[0] if len(others) == 1 else "The fastest other column"
         theirs = grid.baseline[0] if len(grid.baseline) == 1 else f"the fastest of {', '.join(grid.baseline)}"
         lines.append(
-            f"{ours} has {min(ratios):.2f} to {max(ratios):.2f} times the speed of {theirs}; geometric mean {mean:.2f}."
+            f"{ours} has {_ratio(min(ratios))} to {_ratio(max(ratios))} times the speed of {theirs}; "
+            f"geometric mean {_ratio(mean)}."
         )
     return "".join(f"\n{escape(line)}\n" for line in lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _where(record: LoadedRecord) -> str:
