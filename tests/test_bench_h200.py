@@ -96,7 +96,7 @@ def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, 
 
 def test_every_step_has_its_script(run_all):
     known = run_all.steps()
-    names = ["concat", "dense_decode", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
+    names = ["concat", "dense_decode", "dsa", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
     studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness"]
     assert [step.name for step in known] == [*names, *studies, "quickstart"]
     for step in known:

@@ -79,7 +79,7 @@ def choose_config(
 
 
 def _preferred(batch: int, rows: int, capacity: int, page_size: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Measured on an H200 (benchmarks/h200/decode.py --tune), requests x heads x keys, in microseconds. Elsewhere by
+    # Measured on an H200 (benchmarks/h200/dense_decode.py --tune), requests x heads x keys, in microseconds. Elsewhere by
     # arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:

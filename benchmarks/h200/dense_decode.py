@@ -1,8 +1,8 @@
 """Speed of `mla_decode` on a GPU: checked against float64, then timed beside its peers.
 
-    python benchmarks/h200/decode.py results.json           # the default configuration and the peers
-    python benchmarks/h200/decode.py results.json --tune    # some rows, with every launch configuration worth a try
-    python benchmarks/h200/decode.py results.json --rows 1x16    # rows whose name, {b}x{h}x{s}, starts so
+    python benchmarks/h200/dense_decode.py results.json           # the default configuration and the peers
+    python benchmarks/h200/dense_decode.py results.json --tune    # some rows, with every launch configuration worth a try
+    python benchmarks/h200/dense_decode.py results.json --rows 1x16    # rows whose name, {b}x{h}x{s}, starts so
 
 vLLM's Triton decode, FlashMLA and FlashAttention-3 take part where they can be imported. A time is the whole operation
 as a caller calls it: every kernel, the combine and the peers' metadata included, with a cold L2. vLLM's kernel needs a
