@@ -48,6 +48,12 @@ _STUDIES = (
         "the best number of pieces to cut a request's keys into, and what auto costs",
         "Time numbers of pieces against auto, for every backend that declares the parameter.",
     ),
+    (
+        "parallel",
+        "parallel",
+        "several GPUs: heads over the ranks, keys over the ranks, or both",
+        "Time a decode batch over several ranks, by heads, by keys and both, split into attention, merge and links.",
+    ),
 )
 
 

@@ -73,8 +73,8 @@ def context_parallel_decode(
     heads = given * ranks if query_heads == "own" else given
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
     if ranks == 1:
-        return _attend(q, cache, block_table, seq_lens, **options)
-    swaps = _swaps(heads, ranks, out_heads, exchange)
+        return attend_locally(q, cache, block_table, seq_lens, **options)
+    swaps = swaps_first(heads, ranks, out_heads, exchange)
     queries = gather_heads(q, mesh) if query_heads == "own" else q.unflatten(2, (ranks, -1) if swaps else (1, heads))
     groups = ranks if swaps else 1  # messages that this rank writes
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -83,11 +83,11 @@ def context_parallel_decode(
         # Heads that go to different ranks as if they were different tokens: the values then lie where they are sent
         # from, and nothing is copied.
         split = queries.squeeze(1) if queries.shape[2] == groups else queries.flatten(2, 3)
-        _attend(split, cache, block_table, seq_lens, into=messages, **options)
+        attend_locally(split, cache, block_table, seq_lens, into=messages, **options)
     else:
-        out, lse = _attend(queries.flatten(2, 3), cache, block_table, seq_lens, **options)
-        messages.out.copy_(out.reshape(batch * q_len, groups, -1, kv_lora_rank).transpose(0, 1))
-        messages.lse.copy_(lse.reshape(batch * q_len, groups, -1).transpose(0, 1))
+        out, lse = attend_locally(queries.flatten(2, 3), cache, block_table, seq_lens, **options)
+        messages.out.copy_(out.flatten(0, 1).unflatten(1, (groups, heads // groups)).transpose(0, 1))
+        messages.lse.copy_(lse.flatten(0, 1).unflatten(1, (groups, heads // groups)).transpose(0, 1))
     out, lse = (messages.swapped(mesh) if swaps else messages.gathered(mesh)).merge()
     if swaps and out_heads == "all":
         mine = Messages.allocate(q, lse_dtype, 1, batch * q_len, heads // ranks, kv_lora_rank)
@@ -98,7 +98,7 @@ def context_parallel_decode(
     elif not swaps and out_heads == "own":
         first = mesh.get_local_rank() * (heads // ranks)
         out, lse = (tensor[:, first : first + heads // ranks] for tensor in (out, lse))
-    return out.reshape(batch, q_len, -1, kv_lora_rank), lse.reshape(batch, q_len, -1)
+    return out.unflatten(0, (batch, q_len)), lse.unflatten(0, (batch, q_len))
 
 
 def local_lengths(
@@ -144,14 +144,14 @@ def local_lengths(
     return torch.add(torch.remainder(visible, page_size * ranks).clamp_max_(page_size), rounds, alpha=page_size)
 
 
-def _swaps(heads: int, ranks: int, out_heads: str, exchange: str | None) -> bool:
+def swaps_first(heads: int, ranks: int, out_heads: str, exchange: str | None) -> bool:
     """Whether every rank gets its own heads' results first."""
     if exchange is not None:
         return exchange == "all_to_all"
     return out_heads == "own" or (ranks > 2 and heads % ranks == 0)
 
 
-def _attend(
+def attend_locally(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -159,7 +159,7 @@ def _attend(
     *,
     softmax_scale: float,
     kv_lora_rank: int,
-    impl: str | None,
+    impl: str | None = None,
     into: Messages | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to what this rank holds; written to messages, q's dimension 1 being that of the ranks they are for, where
