@@ -1,7 +1,7 @@
 """Tables and plots in documents, made from records between markers: a document never says what its record does not.
 
     <!-- mlakit report
-    record: ../results/h200/decode.json
+    record: ../results/h200/dense_decode.json
     operation: mla_decode
     columns: {ours: [hopper, triton], FlashMLA: flash_mla}
     baseline: FlashMLA
