@@ -9,6 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from mlakit.distributed import (
     local_lengths,
     process_group,
 )
+from mlakit.distributed.launch import say_to
 from mlakit.nn import ATTN_IMPLS, Args, get_mla, save_checkpoint
 from mlakit.testing import assert_close
 from mlakit.testing.inputs import random_paged_cache
@@ -68,6 +70,10 @@ def shard(mesh: DeviceMesh, seq_lens: list[int], seed: int) -> Iterator[torch.Te
     yield from (whole.pages, whole.block_table, whole.seq_lens, pages, table)
 
 
+def _named(what: str, message: str) -> str:
+    return f"{what}: {message}"
+
+
 def context_is_exact(mesh: DeviceMesh, folder: Path) -> None:
     """All heads or the rank's own, in and out, by either exchange, one new token or several: as on one rank."""
     ranks, rank = mesh.size(), mesh.get_local_rank()
@@ -95,7 +101,7 @@ def context_is_exact(mesh: DeviceMesh, folder: Path) -> None:
                 for actual, whole in zip(found, expected, strict=True):
                     right = whole[:, :, own] if wanted == "own" else whole
                     what = f"{seq_lens} q_len {q_len} causal {causal} {given} {wanted} {exchange}"
-                    torch.testing.assert_close(actual, right, **EXACT, msg=lambda m, what=what: f"{what}: {m}")
+                    torch.testing.assert_close(actual, right, **EXACT, msg=partial(_named, what))
 
 
 def ranks_without_requests(mesh: DeviceMesh, folder: Path) -> None:
@@ -167,8 +173,8 @@ def _compare(parallel: ParallelMLA, layer, args: Args) -> None:
         begin = end
     for length, mask in ((1, None), (3, "causal")):
         starts = torch.tensor([begin, 3, 20], dtype=torch.int32)
-        new = x[:, begin : begin + length], starts, freqs, mask
-        torch.testing.assert_close(parallel(*new, caches[1]), layer(*new, caches[0]), **EXACT)
+        step = x[:, begin : begin + length], starts, freqs, mask
+        torch.testing.assert_close(parallel(*step, caches[1]), layer(*step, caches[0]), **EXACT)
 
 
 def tensor_parallel_layer_agrees(mesh: DeviceMesh, folder: Path) -> None:
@@ -265,11 +271,6 @@ def run_all(folder: Path, timeout: float) -> int:
 
 
 SHORT = 3.0
-
-
-def say_to(path: Path) -> None:
-    """Standard error of a rank to a file: it is that of the process that serves forks, not of the test."""
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 
 
 def lose_a_rank(victim: int, waiting: bool, words: Path) -> int:

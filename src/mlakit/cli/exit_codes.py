@@ -4,6 +4,7 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 BROKEN_DEVICE = 3
+LOST_RANK = 4
 BUG = 70
 INTERRUPTED = 130
 
@@ -12,6 +13,7 @@ MEANINGS = {
     FAILED: "done, and the answer is no: nothing could be measured, a result was wrong, or compare found a regression",
     BAD_INPUT: "bad input, or a file that cannot be read or written; one line says what was expected",
     BROKEN_DEVICE: "the device does not work",
+    LOST_RANK: "one of several ranks was lost; each of the others says so in a line",
     BUG: "a bug in mlakit; please report the traceback",
     INTERRUPTED: "interrupted (Ctrl-C); what was measured is kept, and a line says how to go on",
 }

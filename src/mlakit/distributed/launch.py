@@ -57,6 +57,13 @@ def launch(target: Callable[..., int], ranks: int, *args: Any, timeout: float) -
             process.join()
 
 
+def say_to(path: str | os.PathLike[str]) -> None:
+    """Turn this process's standard error to a file: a rank's is that of the server that forked it."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
 def _wait(processes: Sequence[BaseProcess], timeout: float) -> int:
     code, deadline = 0, None
     waiting = dict(enumerate(processes))
@@ -87,5 +94,6 @@ def _child(rank: int, ranks: int, port: int, target: Callable[..., int], args: t
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the parent keeps the meeting point, not rank 0
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     sys.exit(run_rank(target, *args))
