@@ -147,16 +147,22 @@ def recommended(*curves: dict[int, tuple[float | None, float | None]]) -> tuple[
 
 
 def test_the_threshold_that_is_right_everywhere():
-    found = recommended({1: (1, 2), 4: (1, 2), 16: (2, 1)}, {1: (1, 2), 16: (3, 1)})
-    assert found == (4, "sdpa: reorder_batch_threshold 4; it picks the faster pipeline at all 5 points measured")
+    found = recommended({1: (1, 2), 4: (1, 2), 16: (2, 1)}, {1: (1, 4), 16: (4, 1)})
+    assert found == (4, "sdpa: reorder_batch_threshold 4; it picks the faster pipeline everywhere")
 
 
 def test_the_threshold_that_costs_least_where_curves_disagree():
-    # Batch 1 crosses beyond 16, batch 2 before 4. Up to 4 costs batch 2 5%; up to 16 costs it 50%, and 1 costs batch 1
-    # 100%.
+    # Batch 1 crosses beyond 16, batch 2 before 4. Up to 4 costs batch 2 5% and batch 1 4%, up to 16 costs batch 2 50%,
+    # and up to 1 costs batch 1 100%.
     found = recommended({1: (1, 2), 4: (1, 2), 16: (1, 1.04)}, {1: (1, 2), 4: (1.05, 1), 16: (1.5, 1)})
-    said = "sdpa: reorder_batch_threshold 4; over 6 points measured it costs at most 5.0% (batch 2, q_len 4)"
-    assert found == (4, said)
+    assert found == (4, "sdpa: reorder_batch_threshold 4; it costs at most 5.0% (batch 2, q_len 4)")
+
+
+def test_curves_count_where_only_others_were_measured():
+    # Batch 1 was not measured at 8, where decode would cost it twice prefill's time: half-way in logarithms to four
+    # times at 16. By the measured points alone 8 would cost nothing; up to 4 costs batch 2 50% there.
+    found = recommended({4: (1, 1), 16: (4, 1)}, {4: (1, 8), 8: (1, 1.5), 16: (2, 1)})
+    assert found == (4, "sdpa: reorder_batch_threshold 4; it costs at most 50% (batch 2, q_len 8)")
 
 
 def test_prefill_throughout_and_a_pipeline_that_cannot_run():

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from math import exp, inf, log
+from typing import Any, Literal
 
 from mlakit.bench.config import BenchmarkConfig
 from mlakit.bench.results import BenchmarkResult, faster
@@ -170,25 +171,25 @@ def find_curves(rows: Sequence[BenchmarkResult]) -> list[Curve]:
 class Recommendation:
     """A `reorder_batch_threshold` for all of a backend's curves together, and what it costs where it is wrong.
 
-    `loss` is the largest part by which the pipeline it picks was slower than the other, over all `measured` points;
-    `worst` the (batch size, q_len) of that point, None if it is nowhere wrong.
+    `loss` is the largest part by which the pipeline it picks is slower than the other, over all q_len at which any of
+    the `curves` was measured (the others are interpolated there); `worst` is its (batch size, q_len), None if the
+    threshold is nowhere wrong.
     """
 
     backend: str
     threshold: int
     loss: float
     worst: tuple[int, int] | None
-    measured: int
+    curves: int
 
     def __str__(self) -> str:
         said = f"{self.backend}: reorder_batch_threshold {self.threshold}"
         if self.worst is None:
-            return f"{said}; it picks the faster pipeline at all {self.measured} points measured"
-        size, q_len = self.worst
-        where = f"batch {size}, q_len {q_len}"
-        if self.loss == float("inf"):
+            return f"{said}; it picks the faster pipeline everywhere"
+        where = f"batch {self.worst[0]}, q_len {self.worst[1]}"
+        if self.loss == inf:
             return f"{said}; at {where} the pipeline it picks cannot run"
-        return f"{said}; over {self.measured} points measured it costs at most {percent(self.loss)} ({where})"
+        return f"{said}; it costs at most {percent(self.loss)} ({where})"
 
 
 def recommend_thresholds(curves: Sequence[Curve]) -> list[Recommendation]:
@@ -198,28 +199,36 @@ def recommend_thresholds(curves: Sequence[Curve]) -> list[Recommendation]:
     found = []
     for backend in dict.fromkeys(curve.backend for curve in curves):
         mine = [curve for curve in curves if curve.backend == backend]
-        points = [(curve.batch_size, point) for curve in mine for point in curve.points]
-        candidates = sorted({0} | {point.q_len for _, point in points})
+        lens = sorted({point.q_len for curve in mine for point in curve.points})
+        # What a curve loses at each q_len by either pipeline does not depend on the threshold.
+        by_decode = {(curve.batch_size, q): _loss(curve, q, "decode") for curve in mine for q in lens}
+        by_prefill = {(curve.batch_size, q): _loss(curve, q, "prefill") for curve in mine for q in lens}
 
-        def losses(threshold: int, points: list[tuple[int, Point]] = points) -> list[tuple[float, tuple[int, int]]]:
-            return [(_loss(point, threshold), (size, point.q_len)) for size, point in points]
+        def losses(
+            threshold: int, decode: dict[tuple[int, int], float] = by_decode, prefill: Any = by_prefill
+        ) -> list[tuple[float, tuple[int, int]]]:
+            return [((decode if at[1] <= threshold else prefill)[at], at) for at in decode]
 
-        def cost(threshold: int) -> tuple[float, float]:
-            each = [loss for loss, _ in losses(threshold)]
-            return max(each), sum(each)
-
-        best = min(candidates, key=lambda threshold: (*cost(threshold), threshold))
+        best = min(
+            (0, *lens),
+            key=lambda threshold: (max(losses(threshold))[0], sum(loss for loss, _ in losses(threshold)), threshold),
+        )
         loss, worst = max(losses(best), key=lambda item: item[0])
-        found.append(Recommendation(backend, best, loss, worst if loss > 0 else None, len(points)))
+        found.append(Recommendation(backend, best, loss, worst if loss > 0 else None, len(mine)))
     return found
 
 
-def _loss(point: Point, threshold: int) -> float:
-    """What sending this point's requests through the pipeline that a threshold picks costs; a pipeline that cannot run
-    costs everything.
+def _loss(curve: Curve, q_len: int, picked: Literal["decode", "prefill"]) -> float:
+    """By which part a pipeline is slower than the other at a q_len: a straight line between the measured ones on
+    logarithmic axes; 0 beyond them, infinite where it cannot run and the other can.
     """
-    wins = "prefill" if _prefill_wins(point) else "decode"
-    picked = "decode" if point.q_len <= threshold else "prefill"
-    if picked == wins or point.ratio == 1:
+    low = next((p for p in reversed(curve.points) if p.q_len <= q_len), None)
+    high = next((p for p in curve.points if p.q_len >= q_len), None)
+    if low is None or high is None:
         return 0.0
-    return float("inf") if point.lead is None else point.lead
+    if low.ratio is None or high.ratio is None:
+        near = low if low.ratio is None else high
+        return inf if near.verdict != picked and (near is low or near.q_len == q_len) else 0.0
+    part = 0.0 if low is high else log(q_len / low.q_len) / log(high.q_len / low.q_len)
+    ratio = exp((1 - part) * log(low.ratio) + part * log(high.ratio))
+    return max(0.0, (ratio if picked == "decode" else 1 / ratio) - 1)

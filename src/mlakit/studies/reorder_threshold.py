@@ -135,8 +135,11 @@ def check(args: argparse.Namespace) -> None:
         ValueError: one makes no sense.
     """
     from mlakit.backends import registry
+    from mlakit.dims import MLADims, preset
 
-    if not 0 <= args.resolution < 10:
+    if args.model is not None and not isinstance(preset(args.model), MLADims):
+        raise ValueError(f"reorder-threshold compares MLA's two pipelines, and {args.model} has standard attention")
+    if not 0 <= args.resolution <= 10:
         raise ValueError(f"--resolution: expected a number from 0 to 10, got {args.resolution}")
     if args.q_lens and args.kv_len and max(args.q_lens) > args.kv_len:
         raise ValueError(f"--q-lens: expected at most --kv-len {args.kv_len}, got {max(args.q_lens)}")
