@@ -29,7 +29,8 @@ from mlakit.report.markdown import markdown_report
 
 _MARKED = re.compile(
     r"^```.*?^```"  # a block of code, whatever is in it
-    r"|(?P<head>^<!-- mlakit report\n(?P<asked>.*?)-->\n)(?:(?!^<!-- mlakit report).)*?(?P<end>^<!-- mlakit end -->)"
+    r"|(?P<head>^<!-- mlakit report\n(?P<asked>(?:(?!-->).)*)-->\n)"
+    r"(?:(?!^<!-- mlakit report).)*?(?P<end>^<!-- mlakit end -->)"
     r"|(?P<open>^<!-- mlakit report)",  # and nothing that ends it
     re.DOTALL | re.MULTILINE,
 )

@@ -145,6 +145,8 @@ def _labels(jobs: Sequence[Measurement]) -> tuple[list[str], str]:
         [*job.job.split(", "), *(f"{key} {job.sizes.get(key)}" for key in sorted(telling[job.job]))] for job in jobs
     ]
     common = [part for part in parts[0] if all(part in other for other in parts)] if len(parts) > 1 else []
+    if any(set(named) <= set(common) for named in parts):
+        common = []  # something must be left of each name
     return [", ".join(part for part in named if part not in common) for named in parts], ", ".join(common)
 
 

@@ -11,7 +11,7 @@ from mlakit.report.load import LoadedRecord
 from mlakit.report.plots import COLOURS
 
 _DRAWN = "mlakit"  # the key in the file's metadata under which the digest of what it shows is kept
-_FORM = 1  # raise it when the drawing changes, so that files drawn before are stale
+_FORM = 2  # raise it when the drawing changes, so that files drawn before are stale
 
 
 def draw_limits(records: Sequence[LoadedRecord], options: TableOptions, title: str) -> bytes:
@@ -32,7 +32,8 @@ def draw_limits(records: Sequence[LoadedRecord], options: TableOptions, title: s
     for index, (name, series) in enumerate(shown.items()):
         places = [x - 0.41 + width * (index + 0.5) for x, label in enumerate(labels) if label in series]
         heights = [100 * series[label] for label in labels if label in series]
-        axes.bar(places, heights, width * 0.92, color=COLOURS[index % len(COLOURS)], label=name)
+        bars = axes.bar(places, heights, width * 0.92, color=COLOURS[index % len(COLOURS)], label=name)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of what the device can do")
     axes.set_xticks(range(len(labels)), [label.replace(" ", "\n") for label in labels], fontsize=9)
