@@ -241,12 +241,14 @@ def test_every_command_and_study_is_documented():
 
 def test_every_public_name_is_in_the_reference():
     import mlakit
+    import mlakit.distributed
     import mlakit.nn
 
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE)}
     layer = {name for name in vars(mlakit.nn) if name[0].isupper() and name != "ATTN_IMPLS"}
-    assert ({*mlakit.__all__, *layer} - {"__version__"}) - documented == set()
+    public = {*mlakit.__all__, *mlakit.distributed.__all__, *layer} - {"__version__"}
+    assert public - documented == set()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

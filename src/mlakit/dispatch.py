@@ -45,7 +45,8 @@ def which_impl(operation: Callable[..., Any], *args: Any, **options: Any) -> str
 
     Args:
         operation: `mla_decode` or `mla_prefill`.
-        args, options: what it would be called with.
+        *args: what it would be called with.
+        **options: likewise.
 
     Raises:
         ValueError: an operation that does not choose, or whatever the call itself would refuse.
