@@ -196,6 +196,9 @@ def _ceilings(found: Mapping[str, Any]) -> Ceilings:
 
 def _session(content: Mapping[str, Any]) -> Session:
     ceilings = [_ceilings(content["ceilings"])] if content.get("ceilings") else []
+    if content["schema"] == "mlakit.tuning/1":
+        environment = {"device": {"name": content["device"]}, "torch": content["torch"], "triton": content["triton"]}
+        return Session(environment=environment, started=content["date"])
     return Session(
         environment=content["environment"],
         started=content.get("started"),

@@ -197,6 +197,26 @@ def fast_path(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
     return rows, ()
 
 
+def tuning(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
+    """Launch variants that were compared while a kernel was written; `run` counts the runs from 1."""
+    rows = []
+    for number, run in enumerate(content["runs"], 1):
+        for row in run["rows"]:
+            rows.append(
+                Measurement(
+                    operation=f"{content['operation']} variants",
+                    job=row["row"],
+                    backend=row["impl"],
+                    sizes={"run": number},
+                    seconds=row["median_us"] * 1e-6,
+                    host_seconds=row["host_us"] * 1e-6,
+                    bytes=row["tb_per_s"] * row["median_us"] * 1e6,
+                    flops=row["tflop_per_s"] * row["median_us"] * 1e6,
+                )
+            )
+    return rows, ()
+
+
 def _outcome(seconds: float | None, reason: str, wrong: bool) -> dict[str, Any]:
     status = "wrong" if wrong else "ok" if seconds is not None else "no time"
     return {"seconds": None if wrong else seconds, "status": status, "reason": reason}
@@ -222,7 +242,7 @@ def _pair(found: Any) -> tuple[float, float] | None:
 def readers() -> Iterator[tuple[str, Callable[[Mapping[str, Any]], tuple[Rows, Differences]]]]:
     """Schema and reader of each kind of record."""
     yield "mlakit.speed/1", speed
-    for reader in (k_concat, sparse_prefill, layers, correctness, fast_path):
+    for reader in (k_concat, sparse_prefill, layers, correctness, fast_path, tuning):
         yield f"mlakit.{reader.__name__}/1", reader
 
 
