@@ -5,7 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlakit import dispatch
-from mlakit.dispatch import check_shape, choose_triton, unobserved, why_not_triton
+from mlakit.decode import mla_decode
+from mlakit.dispatch import check_shape, choose_triton, unobserved, which_impl, why_not_triton
+from mlakit.hardware import DeviceInfo, pretend
+from mlakit.prefill import mla_prefill
 
 
 class _Mode(TorchDispatchMode):
@@ -73,3 +76,56 @@ def test_shapes_are_refused_with_expected_and_actual(expected, text):
     check_shape("x", torch.zeros(2, 3), ("B", 3))
     with pytest.raises(ValueError, match=re.escape(f"x must have shape {text}")):
         check_shape("x", torch.zeros(2, 3), expected)
+
+
+# --- which implementation a call would run ---
+
+
+def _decode_inputs(dtype=torch.float16) -> tuple[torch.Tensor, ...]:
+    table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.tensor([3, 16], dtype=torch.int32)
+    return torch.randn(2, 1, 4, 80).to(dtype), torch.randn(1, 16, 80).to(dtype), table, lens
+
+
+def _prefill_inputs() -> tuple[torch.Tensor, ...]:
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    return torch.randn(5, 4, 48), torch.randn(5, 4, 48), torch.randn(5, 4, 32), bounds, bounds
+
+
+def test_which_impl_says_what_a_call_on_a_cpu_runs():
+    assert which_impl(mla_decode, *_decode_inputs(), softmax_scale=0.1, kv_lora_rank=64) == "reference"
+    assert which_impl(mla_prefill, *_prefill_inputs(), softmax_scale=0.1) == "reference"
+
+
+@pytest.mark.parametrize(("operation", "inputs"), [(mla_decode, _decode_inputs), (mla_prefill, _prefill_inputs)])
+def test_which_impl_refuses_what_the_call_refuses(operation, inputs):
+    options = {"softmax_scale": 0.1, **({"kv_lora_rank": 64} if operation is mla_decode else {})}
+    with pytest.raises(RuntimeError, match="impl='hopper' cannot run"):
+        which_impl(operation, *inputs(), impl="hopper", **options)
+    with pytest.raises(ValueError, match="unknown impl 'fast'"):
+        which_impl(operation, *inputs(), impl="fast", **options)
+    first, *rest = inputs()
+    with pytest.raises(ValueError, match="q must have shape"):
+        which_impl(operation, first[0, 0], *rest, **options)
+
+
+def test_which_impl_knows_that_only_the_reference_of_decode_has_gradients():
+    q, *rest = _decode_inputs(torch.float32)
+    q.requires_grad_()
+    assert which_impl(mla_decode, q, *rest, softmax_scale=0.1, kv_lora_rank=64) == "reference"
+    with pytest.raises(RuntimeError, match="it has no gradient, and an input requires one"):
+        which_impl(mla_decode, q, *rest, softmax_scale=0.1, kv_lora_rank=64, impl="triton")
+
+
+def test_which_impl_of_something_else():
+    with pytest.raises(ValueError, match="which_impl: abs is none of mla_decode, mla_prefill"):
+        which_impl(abs, 3)
+
+
+# A Hopper GPU that is not there: the choice follows from shapes and the device alone. One request of one head, and many
+# of many.
+@pytest.mark.parametrize(("batch", "heads", "expected"), [(1, 1, "triton"), (64, 128, "hopper")])
+def test_which_impl_of_decode_on_hopper(batch, heads, expected):
+    with pretend(DeviceInfo("cuda", 0, "a Hopper", (9, 0), 132, 50 * 2**20, 2**37)), torch.device("meta"):
+        q, cache = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((batch, 1, heads, 576), (4, 64, 576)))
+        table, lens = torch.empty((batch, 64), dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+        assert which_impl(mla_decode, q, cache, table, lens, softmax_scale=0.1) == expected

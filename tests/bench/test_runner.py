@@ -11,7 +11,7 @@ import pytest
 from mlakit import run_mla_benchmark
 from mlakit.bench.process import Worker, WorkerDiedError, WorkerRefusedError
 from mlakit.bench.results import Record
-from mlakit.bench.runner import Listener, Run, list_backends, new_session, probe
+from mlakit.bench.runner import Listener, Meter, Run, list_backends, new_session, probe
 
 pytestmark = pytest.mark.usefixtures("support")
 
@@ -72,6 +72,29 @@ def test_a_hang_ends_at_the_timeout_and_the_next_row_runs(run, row):
 def test_a_worker_is_replaced_after_a_crash(run, row):
     first, second = run(row("misbehaving:Segfaults"), row("misbehaving:Segfaults", batch_spec="q1s5"))
     assert first.status == second.status == "crashed"
+
+
+def test_a_lost_context_is_a_row_that_says_why_and_the_run_goes_on(run, row):
+    bad, good, again = run(
+        row("misbehaving:LosesItsContext"), row(), row("misbehaving:LosesItsContext", batch_spec="q1s5")
+    )
+    assert bad.status == again.status == "error"  # the second in a fresh process: the first was unfit to go on
+    assert bad.error == (
+        "RuntimeError: CUDA error: an illegal memory access was encountered; the cache has more elements than this "
+        "library can number"
+    )
+    assert good.success
+
+
+def test_rows_on_demand_are_measured_once_and_kept(cpu, row, tmp_path):
+    path = tmp_path / "record.json"
+    record = Record(name="test", planned=0, sessions=[new_session(cpu, [])])
+    with Meter(cpu, record, save=lambda r: r.save(path)) as meter:
+        first = meter.row(row(label="one"))
+        assert meter.row(row(label="another")) is first
+        assert len(Record.load(path).rows) == 1
+    with Meter(cpu, Record.load(path)) as meter:
+        assert meter.row(row()).timing == first.timing
 
 
 def test_what_a_backend_prints_disturbs_nothing(run, row):

@@ -66,6 +66,18 @@ class OutOfMemory(_Like):
         return torch.empty(2**55, dtype=torch.float32)
 
 
+class LosesItsContext(_Like):
+    """What a kernel that reads beyond its memory does to a process: this call fails, and so would every later one."""
+
+    name = "loses_its_context"
+
+    def known_limit(self, problem):
+        return "the cache has more elements than this library can number"
+
+    def spoil(self, out):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+
 class Wrong(_Like):
     """A few percent off in one head of one token."""
 
