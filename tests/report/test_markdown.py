@@ -10,10 +10,7 @@ from mlakit.report.grid import TableOptions
 from mlakit.report.load import LoadedRecord, Measurement, Session, load_records
 from mlakit.report.markdown import escape, markdown_report
 
-# tuning/ holds launch variants that were compared, in a form of their own.
-RECORDS = [
-    path for path in sorted((Path(__file__).parents[2] / "results").rglob("*.json")) if "tuning" not in path.parts
-]
+RECORDS = sorted((Path(__file__).parents[2] / "results").rglob("*.json"))
 SESSION = Session(
     environment={"device": {"name": "a GPU"}, "torch": "2.13", "triton": "3.7"}, started="2026-11-22T05:00:00+00:00"
 )

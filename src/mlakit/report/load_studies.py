@@ -199,21 +199,20 @@ def fast_path(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
 
 def tuning(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
     """Launch variants that were compared while a kernel was written; `run` counts the runs from 1."""
-    rows = []
-    for number, run in enumerate(content["runs"], 1):
-        for row in run["rows"]:
-            rows.append(
-                Measurement(
-                    operation=f"{content['operation']} variants",
-                    job=row["row"],
-                    backend=row["impl"],
-                    sizes={"run": number},
-                    seconds=row["median_us"] * 1e-6,
-                    host_seconds=row["host_us"] * 1e-6,
-                    bytes=row["tb_per_s"] * row["median_us"] * 1e6,
-                    flops=row["tflop_per_s"] * row["median_us"] * 1e6,
-                )
-            )
+    rows = [
+        Measurement(
+            operation=f"{content['operation']} variants",
+            job=row["row"],
+            backend=row["impl"],
+            sizes={"run": number},
+            seconds=row["median_us"] * 1e-6,
+            host_seconds=row["host_us"] * 1e-6,
+            bytes=row["tb_per_s"] * row["median_us"] * 1e6,
+            flops=row["tflop_per_s"] * row["median_us"] * 1e6,
+        )
+        for number, run in enumerate(content["runs"], 1)
+        for row in run["rows"]
+    ]
     return rows, ()
 
 
