@@ -239,6 +239,12 @@ def test_every_command_and_study_is_documented():
         assert f"mlakit study {name}" in everything, f"no document shows mlakit study {name}"
 
 
+def test_architecture_names_every_folder():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folders = [path.name for path in (ROOT / "src" / "mlakit").iterdir() if path.is_dir() and path.name[0] not in "_."]
+    assert [name for name in folders if f"`{name}/`" not in page] == []
+
+
 def test_every_public_name_is_in_the_reference():
     import mlakit
     import mlakit.distributed
