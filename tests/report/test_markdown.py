@@ -1,5 +1,6 @@
 """Tables in Markdown: what stands in them for records made up here, and that every committed record has one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,17 @@ def test_words_of_a_record_are_words():
         assert tag not in html
     assert "&lt;script&gt;|`x`*y*[z](http://z) # head &amp;amp;" in html
     assert escape("flash_mla 8q1s1k_2q256") == "flash_mla 8q1s1k_2q256"  # readable as it is
+
+
+def test_ways_to_time_are_columns(tmp_path):
+    """`make bench-h200`'s timing.json: one call by several methods."""
+    rows = [
+        {"op": "timing", "job": "decode", "method": m, "median_s": s} for m, s in (("profiler", 1e-5), ("graph", 2e-5))
+    ]
+    content = {"schema": "mlakit.speed/1", "environment": {"device": {"name": "a GPU"}}, "rows": rows}
+    (tmp_path / "timing.json").write_text(json.dumps(content))
+    text = markdown_report(load_records([tmp_path / "timing.json"]))
+    assert table(text) == [["µs", "profiler", "graph"], ["decode", "**10.0**", "20.0"]]
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -13,7 +13,20 @@ Differences = Iterable[Mapping[str, Any]]
 _MIB = 2**20
 # Of a speed script's row: what was measured, or says who took part. Other whole numbers, words and flags are sizes, and
 # fractions are figures derived from the times.
-_NOT_SIZES = {"op", "row", "impl", "peer", "temporary_bytes", "kernel", "wrong", "error", "reason", "shape"}
+_NOT_SIZES = {
+    "op",
+    "row",
+    "job",
+    "impl",
+    "method",
+    "peer",
+    "temporary_bytes",
+    "kernel",
+    "wrong",
+    "error",
+    "reason",
+    "shape",
+}
 _FLOAT8 = ("fp8_gemm", "indexer_logits", "indexer_logits_paged")  # operations that multiply in it
 
 
@@ -50,7 +63,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     )
     narrow = row["op"] in _FLOAT8 or "fp8" in f"{row['impl']} {sizes.get('dtype', '')}"
     least, bound = limit(ceilings, flops, bytes_, narrow)
-    operation, named = str(row["op"]), str(row.get("row") or row.get("shape") or "")
+    operation, named = str(row["op"]), str(row.get("row") or row.get("job") or row.get("shape") or "")
     # Words of the name that no field tells, such as "ragged": those jobs are of another kind.
     told = {*sizes, *(str(value) for value in sizes.values()), *operation.split("_")}
     if kinds := [word for word in named.split() if word.isalpha() and word not in told]:
@@ -58,7 +71,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     return Measurement(
         operation=operation,
         job=named or ", ".join(f"{name} {value}" for name, value in sizes.items()),
-        backend=str(row["impl"]),
+        backend=str(row.get("impl") or row["method"]),  # of timing: who was timed, or how
         phase=next((phase for phase in ("decode", "prefill") if phase in f"{operation} {named}"), ""),
         sizes=sizes,
         status="ok" if seconds else "no time",
