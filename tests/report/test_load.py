@@ -54,7 +54,7 @@ def test_a_bench_row_keeps_what_the_record_says():
 
 
 def test_speed_rows_have_the_bytes_and_operations_that_their_rates_tell():
-    record = load_record(RESULTS / "decode.json")
+    record = load_record(RESULTS / "dense_decode.json")
     row = next(row for row in record.rows if row.job == "64x128x4096" and row.backend == "hopper")
     assert row.phase == "decode"
     # 64 requests of 4096 keys of 576 bfloat16, and little beside them.

@@ -16,7 +16,7 @@ const most = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const known = (value) => value !== null && value !== undefined;
 
 function safe(text) {
-  return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
+  return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
 function make(tag, properties = {}, ...children) {
