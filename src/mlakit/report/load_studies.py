@@ -57,7 +57,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     for name, value in row.items():
         if name not in _NOT_SIZES and isinstance(value, str | int):
             sizes["tokens" if name == "new_tokens" else name] = dtype_name(str(value)) if name == "dtype" else value
-    seconds = row.get("median_s")
+    seconds, backend = row.get("median_s"), str(row.get("impl") or row["method"])  # of timing: who, or how
     bytes_, flops = (
         row[name] * seconds * 1e12 if seconds and row.get(name) else None for name in ("tb_per_s", "tflop_per_s")
     )
@@ -71,7 +71,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     return Measurement(
         operation=operation,
         job=named or ", ".join(f"{name} {value}" for name, value in sizes.items()),
-        backend=str(row.get("impl") or row["method"]),  # of timing: who was timed, or how
+        backend=backend,
         phase=next((phase for phase in ("decode", "prefill") if phase in f"{operation} {named}"), ""),
         sizes=sizes,
         status="ok" if seconds else "no time",
