@@ -164,6 +164,10 @@ def test_conclusions_and_differences_are_told():
     text = markdown_report([record(row("a", 1e-5), conclusions=("decode is faster",), differences=tuple(pairs))])
     assert "| naive and fused | 2.5e-03 |" in text
     assert "\n- decode is faster\n" in text
+    only = markdown_report([record(row("a", 1e-5), conclusions=("faster",))], TableOptions(value="conclusions"))
+    assert only == "- faster\n\na GPU, torch 2.13, triton 3.7, 2026-11-22.\n"
+    with pytest.raises(ValueError, match="no record has conclusions"):
+        markdown_report([record(row("a", 1e-5))], TableOptions(value="conclusions"))
     assert "faster" not in markdown_report(
         [record(row("a", 1e-5), conclusions=("faster",))], TableOptions(value="host")
     )

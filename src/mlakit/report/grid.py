@@ -8,7 +8,7 @@ from typing import Literal
 
 from mlakit.report.load import LoadedRecord, Measurement, Value
 
-Shown = Literal["time", "host", "limit", "tflops", "bandwidth", "memory"]
+Shown = Literal["time", "host", "limit", "tflops", "bandwidth", "memory", "conclusions"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TableOptions:
         jobs: patterns as of file names; rows whose job matches one of them. All if empty.
         select: sizes ("dtype", "heads") -> the value, or one of the values, that rows have.
         value: "time", "host" (the time a call takes of its thread), "limit" (fraction of the limit), "tflops",
-            "bandwidth" or "memory".
+            "bandwidth" or "memory"; "conclusions" is no table but what follows in words.
     """
 
     operations: tuple[str, ...] = ()

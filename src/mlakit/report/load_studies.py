@@ -61,7 +61,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
     bytes_, flops = (
         row[name] * seconds * 1e12 if seconds and row.get(name) else None for name in ("tb_per_s", "tflop_per_s")
     )
-    narrow = row["op"] in _FLOAT8 or "fp8" in f"{row['impl']} {sizes.get('dtype', '')}"
+    narrow = row["op"] in _FLOAT8 or "fp8" in f"{backend} {sizes.get('dtype', '')}"
     least, bound = limit(ceilings, flops, bytes_, narrow)
     operation, named = str(row["op"]), str(row.get("row") or row.get("job") or row.get("shape") or "")
     # Words of the name that no field tells, such as "ragged": those jobs are of another kind.

@@ -27,18 +27,21 @@ def markdown_report(records: Sequence[LoadedRecord], options: TableOptions | Non
     check_options(records, options)
     parts: list[tuple[str, str]] = []
     for record in records:
-        tables = _tables(record, options)
+        tables = [] if options.value == "conclusions" else _tables(record, options)
         if options == TableOptions():
             tables += _differences(record)
-            if record.conclusions:
-                tables.append(("", "".join(f"- {escape(words)}\n" for words in record.conclusions)))
+        if options in (TableOptions(), TableOptions(value="conclusions")) and record.conclusions:
+            tables.append(("", "".join(f"- {escape(words)}\n" for words in record.conclusions)))
         if tables:
             shown = tables[-1]
             tables[-1] = (shown[0], f"{shown[1]}\n{_where(record)}")
             name = record.name if len(records) > 1 else ""
             parts += [(", ".join(filter(None, (name, title))), text) for title, text in tables]
     if not parts:
-        raise ValueError(f"no row is left by {given(options)}")
+        nothing = (
+            "no record has conclusions" if options.value == "conclusions" else f"no row is left by {given(options)}"
+        )
+        raise ValueError(nothing)
     if len(parts) == 1:
         return parts[0][1]
     return "\n".join(f"**{escape(title)}**\n\n{text}" if title else text for title, text in parts)
