@@ -1,7 +1,8 @@
 """README and docs are run, not believed: every block of code, on a CPU, at a size of seconds.
 
-A block is Python (executed), shell (every command executed with smaller sizes), YAML (read as a config of the bench),
-TOML (parsed) or text (output, or another program's words: nothing to run). Above a block that cannot run here stands
+A block is Python (executed), shell or console (every command executed with smaller sizes), YAML (read as a config of
+the bench), TOML (parsed) or text (output, or another program's words: nothing to run). Above one that cannot run here
+stands
 
     <!-- needs a GPU -->    its commands are parsed and planned for a GPU, its Python compiled and its imports resolved
     <!-- takes minutes -->  the same, planned for a CPU too
@@ -62,6 +63,8 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The words of each command of a shell block."""
         lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "console":  # commands after a prompt, and what they print
+            lines = [line[2:] for line in lines if line.startswith("$ ")]
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -101,7 +104,7 @@ class Runner:
     def block(self, block: Block) -> None:
         if block.language == "python":
             self._python(block)
-        elif block.language == "sh":
+        elif block.language in ("sh", "console"):
             for words in block.commands():
                 self._command(words, block)
         elif block.language == "yaml":
