@@ -40,8 +40,9 @@ def choose(operation: str, impl: str | None, candidates: Mapping[str, str | None
 def which_impl(operation: Callable[..., Any], *args: Any, **options: Any) -> str:
     """Name the implementation that `operation(*args, **options)` would run, without running it.
 
-    >>> which_impl(mlakit.mla_decode, q, cache, block_table, seq_lens, softmax_scale=192**-0.5)
-    'hopper'
+    Examples:
+        >>> which_impl(mlakit.mla_decode, q, cache, block_table, seq_lens, softmax_scale=192**-0.5)
+        'hopper'
 
     Args:
         operation: `mla_decode` or `mla_prefill`.
