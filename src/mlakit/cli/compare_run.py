@@ -13,6 +13,7 @@ from mlakit.bench.plan import make_plan, planned_dtypes, settings_for
 from mlakit.bench.progress import Progress
 from mlakit.bench.table import make_console
 from mlakit.cli import exit_codes
+from mlakit.report import compare_rounds
 from mlakit.report.compare import Comparison, compare_records
 from mlakit.report.compare_ratio import FEWEST_ROUNDS
 from mlakit.report.compare_rounds import ROUNDS, Rounds, Side
@@ -73,8 +74,8 @@ def of_revisions(args: argparse.Namespace, flags: dict[str, Any], command: Seque
     with ExitStack() as stack:
         revision = stack.enter_context(checked_out(args.worktree))
         stack.enter_context(progress)
-        before = stack.enter_context(Side(revision.name, revision.source))
-        after = stack.enter_context(Side("the checkout", None))
+        before = stack.enter_context(Side(revision.name, revision.source, revision.commit))
+        after = stack.enter_context(Side("the checkout", compare_rounds.OWN_SOURCE))
         device = after.probe(wanted, dtypes, progress.stage)
         plan = make_plan(settings_for(loaded, flags, cpu=device == "cpu"), device)
         before.probe(device, {row.dtype for row in plan.rows}, progress.stage)

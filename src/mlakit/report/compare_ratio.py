@@ -13,7 +13,7 @@ Basis = Literal["rounds", "samples", "intervals", "medians"]
 
 # All of their ratios, from the smallest to the largest, then hold the median with 97%; of five it is 94%.
 FEWEST_ROUNDS = 6
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 _LEVEL = (2.5, 97.5)
 _NORMAL_95 = 1.959964
 
@@ -99,10 +99,10 @@ def _outside(count: int) -> int:
     """How many of the smallest of `count` observations, and of the largest, may be left out of an interval that still
     holds the median with 95%: fewer than that lie on one side of it with a probability of 2.5% at most.
     """
-    probability, cut = 0.5**count, 0
-    while probability + math.comb(count, cut + 1) * 0.5**count <= 0.025:
+    ways, cut = 1, 0  # of 2**count, those with at most `cut` on one side
+    while 40 * (ways + math.comb(count, cut + 1)) <= 2**count:
         cut += 1
-        probability += math.comb(count, cut) * 0.5**count
+        ways += math.comb(count, cut)
     return cut
 
 

@@ -16,6 +16,7 @@ from mlakit.bench.runner import Device, new_session
 from mlakit.report.compare_ratio import Ratio, median_interval, ratio_of_rounds
 
 ROUNDS = 12
+OWN_SOURCE: Path | None = None  # where the checkout's side imports mlakit from: None is where this one is from
 # Of a round, for each side: enough samples for a median that a stray one does not move. More of them within a round
 # would not make the interval narrower, which is made of rounds; and on a CPU each costs a flush of the cache.
 _ROUND_SECONDS = 0.05
@@ -24,11 +25,15 @@ _PROBE_TIMEOUT = 300.0
 
 
 class Side:
-    """One revision, with a worker process of its own; use it as a context."""
+    """One revision, with a worker process of its own; use it as a context.
 
-    def __init__(self, name: str, source: Path | None) -> None:
+    `source` is the folder that mlakit is imported from (None: this one's), `commit` what it must turn out to be.
+    """
+
+    def __init__(self, name: str, source: Path | None, commit: str | None = None) -> None:
         self.name = name
         self._source = source
+        self._commit = commit
         self._worker: Worker | None = None
         self._device = Device("", {}, {})
         self._scratch = tempfile.TemporaryDirectory(prefix="mlakit-")
@@ -55,6 +60,9 @@ class Side:
             found = self._ask(request, _PROBE_TIMEOUT, lambda name: stage(f"{self.name}: {name}"))
         except (WorkerDiedError, WorkerTimeoutError) as error:
             raise DeviceError(f"device {device} does not work with {self.name}; its process {error}") from error
+        ran = found["environment"].get("commit")
+        if self._commit and ran and not ran.startswith(self._commit):
+            raise RuntimeError(f"{self.name} is {self._commit}, and its process ran {ran}")
         self._device = Device(found["device"], found["environment"], found["ceilings"])
         return self._device.name
 

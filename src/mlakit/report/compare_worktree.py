@@ -38,6 +38,8 @@ def checked_out(revision: str) -> Iterator[Revision]:
     if top is None or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         raise ValueError(f"--worktree: mlakit must run from a git checkout, and this one is installed in {package}")
     root = Path(top).resolve()
+    if root == package:
+        raise ValueError(f"--worktree: expected a checkout with mlakit in a folder of it, and {package} is all of it")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit is None:
         raise ValueError(f"--worktree: git knows no revision {revision!r}")
