@@ -109,6 +109,9 @@ def test_an_unfinished_marker_takes_nothing_else_with_it(folder):
     with pytest.raises(ValueError, match=r"page.md, line 1: a marker without `<!-- mlakit end -->` after it"):
         update_documents([document])
     assert document.read_text() == before
+    document.write_text(f"{ASKED}-->\n")
+    with pytest.raises(ValueError, match=r"page.md, line 1: a marker without"):
+        update_documents([document])
 
 
 def test_documents_without_markers(folder):

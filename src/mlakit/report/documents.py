@@ -74,7 +74,7 @@ def update_documents(paths: Sequence[Path], *, check: bool = False) -> list[Path
             missing or malformed; the message names document and line. Nothing has been written then.
     """
     texts = {path: _read(path) for path in paths}
-    if not any(match["head"] for text in texts.values() for match in _MARKED.finditer(text)):
+    if not any(match["head"] or match["open"] for text in texts.values() for match in _MARKED.finditer(text)):
         raise ValueError(f"no `<!-- mlakit report` marker in {', '.join(map(str, paths))}")
     plots: dict[Path, bytes] = {}
     new = {path: _fill(path, text, plots) for path, text in texts.items()}
