@@ -241,10 +241,30 @@ def checkpoints_are_read_in_part(mesh: DeviceMesh, folder: Path) -> None:
         assert sum(read.values()) < sum(tensor.numel() for tensor in layer.state_dict().values())
 
 
+def tables_may_end_before_what_others_keep(mesh: DeviceMesh, folder: Path) -> None:
+    """A new token goes to its page's rank, and nowhere on the others, though their tables have no place for it."""
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    table = torch.arange(2 * 2, dtype=torch.int32).view(2, 2)[:, : 2 if rank == 0 else 1]
+    pages = torch.zeros(4, PAGE, RANK + ROPE, dtype=torch.float64)
+    cache = ShardedLatentCache(pages, table, RANK, torch.float64, mesh=mesh)
+    for position, owner, column in ((0, 0, 0), (PAGE * ranks - 1, ranks - 1, 0), (PAGE * ranks, 0, 1)):
+        slots = cache.slots(torch.full((2,), position, dtype=torch.int32), 2, 1)
+        assert cache.slots(position, 2, 1).tolist() == slots.tolist()
+        here = [int(table[i, column]) * PAGE + position % PAGE for i in range(2)] if rank == owner else [-1, -1]
+        assert slots.tolist() == here
+    with pytest.raises(ValueError, match="for attn_impl 'fused'"):
+        cache.write(0, pages[:, :1, :RANK], pages[:, :1, RANK:])
+    with pytest.raises(ValueError, match="one dimension, got None"):
+        ShardedLatentCache(pages, table, RANK, torch.float64)
+    with pytest.raises(ValueError, match="the float8 cache"):
+        ShardedLatentCache(torch.zeros(4, PAGE, 9, dtype=torch.uint8), table, RANK, torch.bfloat16, mesh=mesh)
+
+
 CASES = (
     context_is_exact,
     ranks_without_requests,
     rounded_once_more,
+    tables_may_end_before_what_others_keep,
     tensor_parallel_layer_agrees,
     context_parallel_layer_agrees,
     checkpoints_are_read_in_part,
@@ -270,7 +290,7 @@ def run_all(folder: Path, timeout: float) -> int:
     return 0
 
 
-SHORT = 3.0
+SHORT = 6.0
 
 
 def lose_a_rank(victim: int, waiting: bool, words: Path) -> int:

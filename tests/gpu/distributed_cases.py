@@ -37,9 +37,10 @@ WAYS = [
 
 def shard(mesh: DeviceMesh, seq_lens: list[int], columns: int, dtype: torch.dtype):
     """The whole cache, and this rank's pages and table, [batch, columns]."""
-    generator = torch.Generator("cuda").manual_seed(sum(seq_lens))
+    device = torch.device("cuda", torch.cuda.current_device())
+    generator = torch.Generator(device).manual_seed(sum(seq_lens))
     whole = random_paged_cache(
-        seq_lens, (RANK + ROPE,), page_size=PAGE, dtype=dtype, device="cuda", generator=generator
+        seq_lens, (RANK + ROPE,), page_size=PAGE, dtype=dtype, device=device, generator=generator
     )
     ranks, rank = mesh.size(), mesh.get_local_rank()
     mine = whole.block_table[:, rank::ranks].long()
@@ -66,7 +67,7 @@ def context_is_exact(mesh: DeviceMesh, folder: Path) -> None:
     for seq_lens, (q_len, causal), heads in itertools.product(BATCHES, ((1, True), (3, True), (2, False)), (16, 128)):
         columns = -(-max(seq_lens) // (PAGE * ranks)) + 1
         whole, pages, table = shard(mesh, seq_lens, columns, dtype)
-        generator = torch.Generator("cuda").manual_seed(1)
+        generator = torch.Generator(whole.pages.device).manual_seed(1)
         q = torch.randn(len(seq_lens), q_len, heads, RANK + ROPE, device="cuda", generator=generator).to(dtype)
         inputs = q, whole.pages, whole.block_table, whole.seq_lens
         ref, ref_lse = mla_decode_reference(q.double(), whole.pages.double(), *inputs[2:], causal=causal, **OPTIONS)
@@ -139,15 +140,15 @@ def layers_agree_with_one(mesh: DeviceMesh, folder: Path) -> None:
         if impl != "fused" and (kind == "cp" or not gather):  # context parallel is for fused; gathering for that
             continue
         args = Args(attn_impl=impl, **size)
+        both = DeviceMesh("cuda", mesh.mesh.view(shape), mesh_dim_names=("tp", "cp"))
         with torch.device("cuda"):
             torch.manual_seed(0)
             layer = get_mla(impl, args).eval().requires_grad_(False)
-            both = DeviceMesh("cuda", mesh.mesh.view(shape), mesh_dim_names=("tp", "cp"))
             parallel = ParallelMLA(args, both, gather_query=gather).eval().requires_grad_(False)
             exact = get_mla("absorb", args).double().eval().requires_grad_(False)
         parallel.load_whole(layer.state_dict())
         exact.load_state_dict(layer.state_dict())
-        generator = torch.Generator("cuda").manual_seed(2)
+        generator = torch.Generator(layer.wkv_a.weight.device).manual_seed(2)
         x = torch.randn(2, 310, args.dim, device="cuda", generator=generator).bfloat16()
         freqs = exact.precompute_freqs_cis()
         kept = [one.make_cache() for one in (parallel, exact)]

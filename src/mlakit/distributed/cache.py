@@ -84,9 +84,11 @@ class ShardedLatentCache(LatentCache):
         steps = torch.arange(seqlen, device=self.device)
         positions = (steps + start)[None] if isinstance(start, int) else steps + start.long()[:, None]
         page = torch.div(positions, self.page_size, rounding_mode="floor").expand(bsz, seqlen)
-        column = torch.div(page, self.ranks, rounding_mode="floor")
+        elsewhere = page % self.ranks != self.rank
+        # What another rank keeps may lie beyond this one's table.
+        column = torch.div(page, self.ranks, rounding_mode="floor").masked_fill_(elsewhere, 0)
         slots = self.block_table[:bsz].long().gather(1, column) * self.page_size + positions % self.page_size
-        return slots.masked_fill_(page % self.ranks != self.rank, -1).flatten()
+        return slots.masked_fill_(elsewhere, -1).flatten()
 
     def write(self, start: Start, latent: torch.Tensor, k_pe: torch.Tensor, scale_fmt: str | None = None) -> None:
         """Not for layers that write as PyTorch does, without skipping what another rank keeps."""

@@ -49,30 +49,33 @@ class ParallelMLA(nn.Module):
         if names is None or not set(names) <= set(DIMENSIONS):
             raise ValueError(f"mesh must have dimensions named 'tp', 'cp' or both, got {names}")
         attn_impl = args.attn_impl if attn_impl is None else attn_impl
-        self.context = mesh["cp"] if "cp" in names and mesh["cp"].size() > 1 else None
+        with torch.device("cpu"):  # a mesh is described by small tensors, wherever the weights are to go
+            self._take_place(mesh, gather_query)
         if self.context is not None and attn_impl != "fused":
             raise ValueError(f"a context parallel layer must be 'fused', which decodes from pages, got {attn_impl!r}")
         if self.context is not None and args.cache_dtype == "fp8":
             raise ValueError("a context parallel cache must be cache_dtype='bf16', got 'fp8'")
-        tp = mesh["tp"] if "tp" in names else None
-        tp_rank, tp_size = (0, 1) if tp is None else (tp.get_local_rank(), tp.size())
-        cp_rank, cp_size = (0, 1) if self.context is None else (self.context.get_local_rank(), self.context.size())
-        self.heads = "own" if gather_query else "all"
-        self.part = (tp_rank * cp_size + cp_rank, tp_size * cp_size) if gather_query else (tp_rank, tp_size)
         if args.n_heads % self.part[1]:
             raise ValueError(f"{args.n_heads} heads cannot be divided over {self.part[1]} ranks")
-        # Who holds parts of one output.
-        self.reduced: dist.ProcessGroup | None = None
-        if tp_size > 1 and (cp_size == 1 or not gather_query):
-            assert tp is not None
-            self.reduced = tp.get_group()
-        elif self.part[1] > 1:
-            assert self.context is not None
-            whole = self.context if tp_size == 1 else mesh["tp", "cp"]._flatten("tp_cp")
-            self.reduced = whole.get_group()
         self.args = args
         self.layer = get_mla(attn_impl, replace(args, n_heads=args.n_heads // self.part[1]))
         self._own_cache: Cache | None = None
+
+    def _take_place(self, mesh: DeviceMesh, gather_query: bool) -> None:
+        """Which heads this rank has, with whom it shares a cache, and with whom it adds up outputs."""
+        names = mesh.mesh_dim_names or ()
+        tp, cp = (mesh[name] if name in names else None for name in DIMENSIONS)
+        tp_rank, tp_size = (0, 1) if tp is None else (tp.get_local_rank(), tp.size())
+        cp_rank, cp_size = (0, 1) if cp is None else (cp.get_local_rank(), cp.size())
+        self.context = cp if cp_size > 1 else None
+        self.heads = "own" if gather_query else "all"
+        self.part = (tp_rank * cp_size + cp_rank, tp_size * cp_size) if gather_query else (tp_rank, tp_size)
+        holders: DeviceMesh | None = None  # of parts of one output
+        if tp_size > 1 and (cp_size == 1 or not gather_query):
+            holders = tp
+        elif self.part[1] > 1:
+            holders = cp if tp_size == 1 else mesh._flatten("tp_cp")
+        self.reduced: dist.ProcessGroup | None = None if holders is None else holders.get_group()
 
     def forward(
         self,

@@ -60,7 +60,7 @@ class Batch:
         """Every `ranks`-th page of each request, in shuffled places, with NaN behind its last token; and the table."""
         size = self.options.page_size
         held = [len(range(rank, -(-length // size), ranks)) for length in self.lengths]
-        columns = max(*held, 1) if len(held) > 1 else max(held[0], 1)
+        columns = -(-max(self.lengths) // (size * ranks))  # as many on every rank
         pages = torch.zeros(sum(held) + 1, size, self.dims.latent_dim, dtype=DTYPE, device=self.device)
         order = torch.randperm(sum(held), generator=torch.Generator().manual_seed(self.options.seed)).to(self.device)
         table = torch.full((self.size, columns), sum(held), dtype=torch.int32, device=self.device)

@@ -33,8 +33,9 @@ def plot(rows: Sequence[Row], device: str, path: Path) -> bool:
             hatch = "//" if row.predicted else None
             axes.barh(place, width, left=begin, color=_COLOURS[name], edgecolor="white", hatch=hatch)
             begin += width
-        total = (row.median or 0.0) * factor
-        axes.plot([total, total], [place - 0.42, place + 0.42], color="black", linewidth=1.6)
+        if not row.predicted:
+            total = (row.median or 0.0) * factor
+            axes.plot([total, total], [place - 0.42, place + 0.42], color="black", linewidth=1.6)
     titles = [f"{row.plan.title}{', predicted' if row.predicted else ''}" for row in drawn]
     axes.set_yticks(range(len(drawn)), titles)
     axes.invert_yaxis()

@@ -101,12 +101,12 @@ def header() -> str:
     """The head of the table."""
     return (
         f"{'scope':9} {'batch':14} {'strategy':11} {'time':>8} {'attention':>9} {'merge':>8} {'comm.':>8} {'rest':>8} "
-        f"{'floor':>8} {'of one':>6}"
+        f"{'floor':>8} {'x one':>6}"
     )
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """A line a row; "of one" is how many times the speed of one rank."""
+    """A line a row; "x one" is how many times the speed of one rank."""
     one = baseline(rows)
     for row in rows:
         start = f"{row.scope:9} {row.batch:14} {row.plan.title:11}"

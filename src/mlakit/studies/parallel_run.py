@@ -123,7 +123,7 @@ def introduction(here: Ranks, name: str, options: Options, links: dict[str, Link
 
 
 def measure_links(here: Ranks, clock: Clock) -> dict[str, Link]:
-    """Of each collective that the plans use: seconds of a message of 1 KiB, and bytes a second that leave a rank."""
+    """Of each collective that the plans use: seconds of a message of 2 KiB, and bytes a second that leave a rank."""
     import torch.distributed as dist
 
     mesh = mesh_of(here.device.type, 1, here.size)["cp"]

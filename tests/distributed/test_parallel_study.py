@@ -1,0 +1,194 @@
+"""`mlakit study parallel` on CPU ranks: what it writes, what it concludes, what it refuses."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlakit.studies import parallel, parallel_parts, parallel_run
+from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, plan_of, table
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--device", "cpu", "--repeats", "1", "--l2", "hot"]
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """Runs the study in this process, as the only rank that torchrun started; its exit code and record."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def run(*arguments: str):
+        code = parallel.main([*QUICK, *arguments, "--output-dir", str(tmp_path)])
+        path = tmp_path / "record.json"
+        return code, json.loads(path.read_text()) if path.exists() else None
+
+    yield run
+    del store
+
+
+def test_two_ranks_write_one_record(tmp_path):
+    """Started by itself: both scopes of requests of different lengths, and a prediction of four ranks."""
+    arguments = ["--batch-specs", "q2s40_2q2s9", "--simulate-ranks", "4", "--page-size", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlakit", "study", "parallel", *QUICK, *arguments, "--output-dir", "out"],
+        capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["schema"] == "mlakit.parallel/1"
+    assert record["complete"]
+    assert record["links_measured"]
+    assert len(record["ranks"]) == 2
+    measured = [row for row in record["rows"] if not row["predicted"]]
+    ways = [(row["scope"], row["plan"]["strategy"], row["ranks"]) for row in measured]
+    assert ways == [(s, n, 1 if n == "one" else 2) for s in ("attention", "layer") for n in ("one", "tp", "cp", "both")]
+    for row in measured:
+        assert row["reason"] == ""
+        assert row["median"] > 0
+        assert 0 <= row["error"] <= row["error_allowed"]
+        assert len(row["by_rank"]) == 2
+        assert set(row["parts"]) >= (
+            {"attention", "rest"} if row["plan"]["cp"] == 1 else {"attention", "merge", "communication"}
+        )
+    predicted = [row for row in record["rows"] if row["predicted"]]
+    assert [row["ranks"] for row in predicted] == [2] * 3 + [4] * 3
+    for row in predicted:
+        assert row["median"] == pytest.approx(sum(row["parts"].values()))
+    assert done.stdout.count(" predicted\n") == 6
+    assert "no such ranks took part" in done.stdout
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "details.csv").read_text())))
+    assert len(lines) == len(record["rows"])
+    assert (tmp_path / "out" / "attention-q2s40_2q2s9.png").exists()
+    assert done.stderr.startswith("saved in out: record.json, details.csv, attention-q2s40_2q2s9.png")
+
+
+def test_a_wrong_result_gets_no_time(alone, monkeypatch, capsys):
+    original = parallel_parts.Attention.__call__
+
+    def spoiled(self):
+        out = original(self)
+        out[..., 0] += 0.1
+        return out
+
+    monkeypatch.setattr(parallel_parts.Attention, "__call__", spoiled)
+    code, record = alone("--batch-specs", "q1s40", "--scope", "attention")
+    (row,) = record["rows"]
+    assert (code, row["wrong"], row["median"]) == (1, True, None)
+    assert row["reason"].startswith("wrong result: rank 0: ")
+    assert "no time for one: wrong result" in capsys.readouterr().out
+
+
+def test_unwritten_output_is_wrong(alone, monkeypatch):
+    monkeypatch.setattr(
+        parallel_parts.Attention, "__call__", lambda self: setattr(self, "_out", self.q[..., :64].clone())
+    )
+    code, record = alone("--batch-specs", "q1s40", "--scope", "attention")
+    assert (code, record["rows"][0]["wrong"]) == (1, True)
+
+
+def test_what_cannot_be_built_is_a_row_with_a_reason(alone, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(parallel_run, "Attention", refuse)
+    code, record = alone("--batch-specs", "q1s40", "--scope", "attention", "--no-check")
+    assert (code, record["rows"][0]["reason"]) == (1, "out of memory")
+    assert record["complete"]
+
+
+def test_one_rank_predicts_by_a_link_that_is_given(alone, capsys):
+    code, record = alone(
+        "--batch-specs", "q1s64", "--scope", "attention", "--simulate-ranks", "2", "--link-latency", "10",
+        "--link-bandwidth", "100",
+    )  # fmt: skip
+    assert code == 0
+    one, tp, cp, both = record["rows"]
+    assert not record["links_measured"]
+    assert [row["predicted"] for row in (one, tp, cp, both)] == [False, True, True, True]
+    assert "communication" not in tp["parts"]
+    # cp: two ranks send one another all 4 heads' messages of 80 elements; both: 2 heads' queries of 80, then as many.
+    row = 2 * 80
+    assert cp["sent"] == {"all_gather": 4 * row}
+    assert cp["parts"]["communication"] == pytest.approx(10e-6 + 4 * row / 100e9)
+    assert both["sent"] == {"all_gather": 2 * 2 * 80, "all_to_all": 2 * row}
+    assert "of the link as given; no such ranks took part" in capsys.readouterr().out
+
+
+# What a user may get wrong, and the words that say so.
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch-specs", "q5"], "without earlier tokens"),
+        (["--batch-specs", "q1s1k_q2s1k"], "requests of 1 and of 2 new tokens"),
+        (["--ranks", "3"], "4 heads of tiny cannot be divided over 3 ranks"),
+        (["--simulate-ranks", "8"], "cannot be divided over 8 ranks"),
+        (["--strategies", "tpp"], "did you mean 'tp'"),
+        (["--model", "deepseek-v9"], "unknown model 'deepseek-v9'"),
+        (["--mode", "graph"], "CUDA graphs need GPUs"),
+        (["--ranks", "1", "--simulate-ranks", "2"], "one rank has no link to measure"),
+        (["--link-latency", "3"], "belong together"),
+        (["--context-ranks", "3"], "a divisor of the 2 ranks, got 3"),
+        (["--page-size", "12"], "a power of two, got 12"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, capsys, tmp_path):
+    assert parallel.main([*QUICK, *arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_plans():
+    assert plan_of("one", 4) == Plan("one", 1, 1, gather=True)
+    assert plan_of("tp", 4) == Plan("tp", 4, 1, gather=True)
+    assert plan_of("cp", 4) == Plan("cp", 1, 4, gather=False)
+    assert plan_of("both", 4) == Plan("both", 1, 4, gather=True)
+    assert plan_of("both", 8, 2) == Plan("both", 4, 2, gather=True)
+    assert [plan_of(name, 1) for name in ("tp", "cp", "both")] == [None] * 3
+
+
+def _row(strategy, median, *, ranks=2, predicted=False, **fields):
+    plan = plan_of(strategy, ranks)
+    return Row("attention", "q1s1k", plan, "graph", predicted=predicted, median=median, **fields)
+
+
+def test_findings_follow_from_the_rows():
+    rows = [
+        _row("one", 100e-6, ci95=(99e-6, 101e-6)),
+        _row("tp", 80e-6, ci95=(79e-6, 81e-6)),
+        _row("cp", 50e-6, ci95=(49e-6, 51e-6), parts={"attention": 30e-6, "communication": 10e-6}, floor=2e-6),
+        _row("cp", 45e-6, predicted=True),
+        _row("cp", 20e-6, ranks=8, predicted=True),
+        _row("both", None, reason="out of memory"),
+    ]
+    assert findings(rows) == [
+        "attention, q1s1k: cp 1x2 is the fastest, 50.0 µs, 2.00x one rank on 2; tp 2x1 1.60x its time, one 2.00x its "
+        "time",
+        "attention, q1s1k: cp 1x2 communicates for 10.0 µs, 20% of its time, 5.0x the floor by bytes",
+        "attention, q1s1k: a prediction made the same way for cp 1x2, which was measured, is 45.0 µs: 10% below the "
+        "50.0 µs measured",
+        "attention, q1s1k: prediction, not measured: cp 1x8 on 8 ranks 20.0 µs, 5.00x one rank",
+        "attention, q1s1k: no time for both 1x2: out of memory",
+    ]
+    assert findings([]) == []
+    lines = list(table(rows))
+    assert lines[4].endswith("5.00x predicted")
+    assert lines[5].endswith("out of memory")
+    assert len(csv_text(rows).splitlines()) == 7
+
+
+def test_no_order_among_those_that_cannot_be_told_apart():
+    rows = [_row("tp", 50e-6, ci95=(49e-6, 52e-6)), _row("cp", 51e-6, ci95=(50e-6, 53e-6))]
+    assert findings(rows) == ["attention, q1s1k: tp 2x1 is the fastest, 50.0 µs; not to be told apart from cp 1x2"]
