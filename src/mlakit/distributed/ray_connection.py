@@ -106,7 +106,7 @@ class Connection:
             self.ray.init(include_dashboard=None if "_temp_dir" not in arguments else False, **_QUIET, **arguments)
         except ConnectionError:
             raise
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises whatever its processes did, and bare Exception where they were slow
             raise DeviceError(f"Ray cannot be used: {' '.join(str(error).split())}") from error
 
 

@@ -23,7 +23,7 @@ _START_SECONDS = 300.0
 _GRACE_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 _LOOK_SECONDS = 5.0
-_NOT_STARTED = f"no worker started within {_START_SECONDS:g} s; other work may hold it (ray status)"
+_NOT_STARTED = f"none started within {_START_SECONDS:g} s; other work may hold it (ray status)"
 _MOST_FAILURES = 3
 _SOFTWARE = ("driver", "cuda", "torch", "triton", "commit", "python")
 _BESIDE = "beside"  # the group of a worker's methods that run while it measures
@@ -208,8 +208,8 @@ class Crew:
         else:
             self._failures[member.node.id] += _MOST_FAILURES if for_good else 1
             if self._failures[member.node.id] >= _MOST_FAILURES:
-                self.reasons.append(f"node {member.node.name} {reason}")
-                self.note(f"node {member.node.name} is not used: {reason}")
+                self.reasons.append(f"node {member.node.name} gets no (further) worker: {reason}")
+                self.note(self.reasons[-1])
         self._looked = float("-inf")  # there may be a GPU without a worker now
         self.members.remove(member)
         self._kill(member)  # one that is cut off must not go on with its row
