@@ -3,12 +3,17 @@
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from mlakit.bench import config_file
+from mlakit.bench.plan import make_plan, settings_for
+from mlakit.cli import bench
 from mlakit.cli.study import add_parser as add_studies
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +102,8 @@ def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, 
 def test_every_step_has_its_script(run_all):
     known = run_all.steps()
     names = ["concat", "dense_decode", "dsa", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
-    studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness"]
-    assert [step.name for step in known] == [*names, *studies, "quickstart"]
+    studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness", "num_splits", "reorder_threshold"]
+    assert [step.name for step in known] == [*names, *studies, *run_all.BENCHES]
     for step in known:
         assert step.stamped == (step.name in names)
         if step.stamped:
@@ -112,6 +117,36 @@ def test_every_study_takes_its_options(run_all):
         if step.command[3:4] == ("study",):
             parsed = parser.parse_args([*step.command[3:], "record.json"])
             assert str(parsed.output_json) == "record.json"
+
+
+def test_every_bench_takes_its_options(run_all, tmp_path, monkeypatch):
+    """Planned as on a GPU; configs are found in the folder that a step runs in."""
+    monkeypatch.chdir(ROOT / "benchmarks" / "h200")
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    for name, options in run_all.BENCHES.items():
+        args = parser.parse_args(["bench", *options, "--output-json", "record.json"])
+        loaded = config_file.load(args.config) if args.config else None
+        assert make_plan(settings_for(loaded, bench.flags(args), cpu=False), "cuda:0").rows, name
+
+
+def test_the_commands_of_the_suites_documentation_can_be_run():
+    text = (ROOT / "benchmarks" / "h200" / "seed_commands.sh").read_text()
+    commands = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if line.startswith("mlakit bench")]
+    assert len(commands) == 10
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    for command in commands:
+        args = parser.parse_args(command[1:])
+        loaded = config_file.load(args.config) if args.config else None
+        assert make_plan(settings_for(loaded, bench.flags(args), cpu=False), "cuda:0").rows, command
+
+
+def test_a_library_that_is_not_here_is_a_record_too(run_all, step, tmp_path):
+    source = "json.dump({'complete': True, 'rows': [{}]}, open(out, 'w')); sys.exit(1)"
+    made = step("backends_cutlass", source)
+    assert run_all.refresh([made], tmp_path, STAMP) == ["backends_cutlass"]
+    assert run_all.refresh([replace(made, codes=(0, 1))], tmp_path, STAMP) == []
 
 
 def test_without_a_gpu_it_refuses_in_one_line(run_all, monkeypatch, capsys, tmp_path):

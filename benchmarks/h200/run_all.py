@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,6 @@ from mlakit.hardware import device_info
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "results" / "h200"
 SCHEMA = "mlakit.speed/1"
-QUICKSTART = "quickstart"
 # The studies' records; what each is run with beside the file it writes.
 STUDIES = {
     "k_concat": ("k-concat",),
@@ -46,7 +46,37 @@ STUDIES = {
         "correctness", "--min-seq-len", "256", "--max-seq-len", "2048", "--seq-len-step", "256", "--batch-sizes", "1",
         "4", "--trials", "3", "--output", "correctness",
     ),
+    "num_splits": ("num-splits", "--tp", "8", "--repeats", "20"),
+    "reorder_threshold": ("reorder-threshold", "--batch-sizes", "1", "8", "64", "256", "--repeats", "20"),
 }  # fmt: skip
+LIMITS = {"reorder_threshold": 600.0, "num_splits": 400.0}  # seconds; 240 for the others
+# The bench's records: the suite's own commands (seed_commands.sh runs all there are), and all backends side by side.
+BENCHES = {
+    "quickstart": ("--config", "quickstart"),
+    "backends_decode": ("--config", "backends.yaml"),
+    "backends_mla": (
+        "--backends", "cutlass_mla", "flashinfer_mla", "flashattn_mla", "flashmla", "mlakit", "--batch-specs",
+        "64q1s1k", "64q1s4k",
+    ),
+    "backends_standard": (
+        "--backends", "flash", "triton", "flashinfer", "--batch-specs", "q2k", "8q1s1k", "2q2k_32q1s1k",
+        "--num-layers", "10", "--repeats", "5",
+    ),
+    "backends_reorder": (
+        "--backend", "flashmla", "--batch-specs", "q4s1k", "q8s2k", "--sweep-param", "reorder_batch_threshold",
+        "--sweep-values", "1", "4", "16", "64", "256", "512",
+    ),
+    "backends_cutlass": (
+        "--backend", "cutlass_mla", "--batch-specs", "64q1s1k", "64q1s4k", "64q1s16k", "--sweep-param",
+        "num_kv_splits", "--sweep-values", "1", "2", "4", "8", "16",
+    ),
+    # A cache of more than 2^31 elements, which vLLM's Triton decode cannot number, and what is measured after it.
+    "backends_large_cache": (
+        "--backends", "vllm_triton_mla", "mlakit", "flashmla", "--batch-specs", "128q1s32k", "16q1s1k",
+        "--num-q-heads", "16", "--num-layers", "1", "--repeats", "20",
+    ),
+}  # fmt: skip
+NOTHING_RAN = 1  # what a command says where no backend of its is available: as much of a record as any other
 # Modules of the peers, and the distributions that hold their versions.
 PEERS = {
     "vllm": "vllm",
@@ -66,11 +96,12 @@ class Step:
     name: str
     command: tuple[str, ...]
     limit_s: float
+    codes: tuple[int, ...] = (0,)  # exit codes of a record worth keeping
 
     @property
     def stamped(self) -> bool:
         """Whether the command writes bare rows, which need a stamp; records of bench and studies have theirs."""
-        return self.name != QUICKSTART and self.name not in STUDIES
+        return self.name not in BENCHES and self.name not in STUDIES
 
 
 def steps(scripts: Path = HERE) -> list[Step]:
@@ -81,8 +112,15 @@ def steps(scripts: Path = HERE) -> list[Step]:
     }  # fmt: skip
     found = [Step(name, (sys.executable, str(scripts / f"{name}.py")), limit) for name, limit in limits.items()]
     mlakit = (sys.executable, "-m", "mlakit")
-    found += [Step(name, (*mlakit, "study", *options, "--output-json"), 240.0) for name, options in STUDIES.items()]
-    return [*found, Step(QUICKSTART, (*mlakit, "bench", "--config", QUICKSTART, "--output-json"), 180.0)]
+    found += [
+        Step(name, (*mlakit, "study", *options, "--output-json"), LIMITS.get(name, 240.0))
+        for name, options in STUDIES.items()
+    ]
+    codes = {"backends_cutlass": (0, NOTHING_RAN)}
+    return found + [
+        Step(name, (*mlakit, "bench", *options, "--output-json"), 240.0, codes.get(name, (0,)))
+        for name, options in BENCHES.items()
+    ]
 
 
 def run_step(step: Step, output: Path) -> str:
@@ -90,6 +128,8 @@ def run_step(step: Step, output: Path) -> str:
     paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [*step.command, output.name]
+    for config in HERE.glob("*.yaml"):
+        shutil.copy(config, output.parent)
     process = subprocess.Popen(command, cwd=output.parent, env=environment, start_new_session=True)
     try:
         code = process.wait(step.limit_s)
@@ -100,7 +140,7 @@ def run_step(step: Step, output: Path) -> str:
         if isinstance(error, subprocess.TimeoutExpired):
             return f"took longer than {step.limit_s:.0f} s"
         raise
-    return "" if code == 0 else f"exit code {code}"
+    return "" if code in step.codes else f"exit code {code}"
 
 
 def read_output(step: Step, output: Path) -> tuple[Any, str]:

@@ -68,7 +68,7 @@ def test_where_prefill_wins(times, threshold, next_q_len, said):
         ({1: (1, 2), 4: (4, 3)}, 0.1, (1, 4), 1, "noise: decode up to 1 (by 100%), prefill from 4 on (by 33%)"),
         ({1: (1, 2), 4: (3, 3), 16: (4, 3)}, 0.1, (1, 16), 1, "decode up to 1 (by 100%), prefill from 16 on (by 33%)"),
         ({1: (2, 2), 4: (4, 3)}, 0.1, (None, 4), 0, "beyond the noise: prefill from 4 on (by 33%)"),
-        ({1: (2.1, 2), 4: (3, 3)}, 0.1, (None, None), 0, "; nowhere do the 95% intervals lie apart"),
+        ({1: (2.1, 2), 4: (3, 3)}, 0.1, (None, None), 0, "; nowhere can the two be told apart"),
         ({1: (1, 2), 4: (2, 1), 16: (1, 2)}, 0.1, (1, None), 2, "the faster one changes 2 times along the curve"),
         ({1: (2, 1), 4: (1, 2)}, 0.1, (None, None), 1, "changes from prefill to decode along the curve"),
         ({1: (1, 2), 4: (None, 3)}, 0.1, (1, 4), 1, "prefill from 4 on (the other cannot run)"),

@@ -35,8 +35,8 @@ def points(decode, prefill, noise=0.01):
 @pytest.mark.parametrize("crossing", [2, 3, 5, 16, 17, 100, 147, 700, 1023])
 @pytest.mark.parametrize("resolution", [0.0, 0.1, 0.5])
 def test_the_crossing_is_found_in_few_points(crossing, resolution):
-    # Decode costs as much as its tokens, prefill what it is at the crossing.
-    at, asked = points(lambda q: q, lambda q: crossing - 0.5, noise=1e-6)
+    # Decode costs more from the crossing on.
+    at, asked = points(lambda q: 1.0 if q < crossing else 3.0, lambda q: 2.0)
     found = search(at, 1024, resolution)
     low = max(p.q_len for p in found if p.verdict == "decode")
     high = min(p.q_len for p in found if p.verdict == "prefill")

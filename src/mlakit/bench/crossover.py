@@ -23,8 +23,8 @@ class Point:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The faster pipeline; "tie" where the 95% intervals overlap. A pipeline that cannot run loses; None if
-        neither can.
+        """The faster pipeline; "tie" where there is no telling (`results.faster`). A pipeline that cannot run loses;
+        None if neither can.
         """
         decode, prefill = self.decode.timing, self.prefill.timing
         if decode is None or prefill is None:
@@ -49,7 +49,7 @@ class Point:
 class Curve:
     """The points of one backend, batch size and sequence length, by q_len; `backend` is its name, or the sweep's label.
 
-    Below, decode is *surely* faster where the intervals of the two times lie apart.
+    Below, decode is *surely* faster where the two times can be told apart (`results.faster`).
     """
 
     backend: str
@@ -118,7 +118,7 @@ class Curve:
             return f"; the faster one changes {times} along the curve, so no threshold is right everywhere"
         low, high = self.sure_decode, self.sure_prefill
         if low is None and high is None:
-            return "; nowhere do the 95% intervals lie apart"
+            return "; nowhere can the two be told apart"
         parts = []
         for name, point, upto in (("decode up to", low, True), ("prefill from", high, False)):
             if point is None:
