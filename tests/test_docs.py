@@ -197,10 +197,18 @@ def test_commands_and_names_within_sentences_exist():
                 resolve(span)
             elif span.startswith("mlakit ") and not re.search(r"\b[A-Z]{2,}\b|\.\.\.|--help", span):
                 words = shlex.split(span)[1:]
-                if len(words) == 1:
+                while words[-1].startswith("-"):  # named, not spelled out: `mlakit report --update`
+                    assert words.pop() in run_help(words)
+                if len(words) == 1 or words == ["study"]:
                     assert words[0] in _commands()[0], span
                 else:
                     plan(words, ("cuda:0", "cpu"))
+
+
+def run_help(words: list[str]) -> str:
+    with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit):
+        build_parser().parse_args([*words, "--help"])
+    return printed.getvalue()
 
 
 def test_tables_and_plots_are_the_records():
