@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,9 +42,9 @@ def cluster(monkeypatch):
         small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
         try:
-            made.by_name = {name: made.add_node(num_cpus=1, node_name=name, wait=False, **small) for name in "ab"}
+            nodes = {name: made.add_node(num_cpus=1, node_name=name, wait=False, **small) for name in "ab"}
             made.wait_for_nodes()
-            yield made
+            yield SimpleNamespace(address=made.address, nodes=nodes, remove=made.remove_node)
         finally:
             made.shutdown()
 
@@ -82,8 +83,14 @@ def processes(parent, command):
 
 
 def workers(cluster, node):
-    (raylet,) = cluster.by_name[node].all_processes["raylet"]
+    """The processes of a node that hold a device."""
+    (raylet,) = cluster.nodes[node].all_processes["raylet"]
     return processes(raylet.process.pid, "RowWorker")
+
+
+def kill_worker(cluster, node):
+    (pid,) = workers(cluster, node)
+    os.kill(pid, signal.SIGKILL)
 
 
 def check_places(record):
@@ -105,7 +112,7 @@ def test_a_killed_worker_an_interrupt_and_a_lost_node(cluster, tmp_path, monkeyp
 
     # The worker of one node is killed while it measures. Another takes its place, on the same device.
     with monkeypatch.context() as patches:
-        on_row(patches, "a", 2, lambda: os.kill(*workers(cluster, "a"), signal.SIGKILL))
+        on_row(patches, "a", 2, lambda: kill_worker(cluster, "a"))
         interrupt_after_a_second_attempt(patches)
         assert main(run) == 130
     said = capfd.readouterr()
@@ -129,7 +136,7 @@ def test_a_killed_worker_an_interrupt_and_a_lost_node(cluster, tmp_path, monkeyp
 
     # It goes on where it was, and one node is lost in the middle of a comparison: all of that is measured elsewhere.
     with monkeypatch.context() as patches:
-        on_row(patches, "a", 1, lambda: cluster.remove_node(cluster.by_name["a"], allow_graceful=False))
+        on_row(patches, "a", 1, lambda: cluster.remove(cluster.nodes["a"], allow_graceful=False))
         assert main([*run, "--resume"]) == 0
     said = capfd.readouterr()
     assert said.out.startswith("batch ")
