@@ -22,7 +22,7 @@ def test_every_committed_record_loads(path):
     assert record.rows
     assert record.sessions[0].device == "NVIDIA H200"
     timed = [row for row in record.rows if row.seconds]
-    assert timed
+    assert timed or all(row.reason for row in record.rows)
     # A time outside its own interval, or faster than the device can be, means that a unit was misread. (Some jobs run
     # from the L2 cache, faster than memory; none by half.)
     assert all(row.interval[0] <= row.seconds * 1.001 and row.seconds <= row.interval[1] * 1.001

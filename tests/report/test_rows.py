@@ -3,10 +3,10 @@
 import pytest
 
 from mlakit.bench.results import GpuState, Session
-from mlakit.report.circumstances import environment, warnings
-from mlakit.report.load import load_record
+from mlakit.report.circumstances import environments, warnings
+from mlakit.report.load import load_record, load_records
 from mlakit.report.rows import entries_of, page_data
-from tests.support.reports import RESULTS, bench_row
+from tests.support.reports import CEILINGS, RESULTS, bench_row
 
 
 def labels(*records):
@@ -39,7 +39,8 @@ def test_a_job_of_the_committed_records_has_one_title_and_each_of_its_rows_one_n
     assert len(set(titles)) == len(titles)
     names = [(row["job"], row["backend"]) for row in data["rows"]]
     assert len(set(names)) == len(names)
-    assert data["operations"][:3] == ["attention", "mla_decode", "mla_prefill"]
+    first = [name for name in data["operations"] if name in ("attention", "mla_decode", "mla_prefill", "concat_k")]
+    assert first == ["attention", "mla_decode", "mla_prefill", "concat_k"]  # not by the names of the files
 
 
 def test_baseline_and_rows_must_be_there(make_record):
@@ -96,13 +97,32 @@ def test_machines_and_software_that_differ_are_named(make_record):
     machines, software = warnings([a, b])
     assert machines == "Machines differ between the records, compare them with care: device a GPU and another"
     assert software == "Software differs between the records, compare them with care: torch 2.11 and 2.13"
-    columns = environment([a, b])
-    assert [column["facts"]["device"] for column in columns] == ["a GPU", "another"]
-    assert columns[0]["facts"]["bf16 ceiling"] == "800 TFLOP/s"
+    columns = environments([a, b, a])
+    assert [column.texts["device"] for column in columns] == ["a GPU", "another"]
+    assert [column.records for column in columns] == [["mine"], ["mine"]]
+    assert columns[0].texts["bf16 ceiling"] == "800 TFLOP/s"
 
 
-def test_a_resumed_record_has_each_sitting(make_record):
-    record = make_record(bench_row())
-    sitting = {"started": "2026-11-23T08:00:00", "environment": {"device": {"name": "a GPU"}, "torch": "2.13"}}
-    again = make_record(bench_row(), sessions=[Session(started="x", environment={}), Session(**sitting)])
-    assert len(environment([record, again])) == 3
+def test_sessions_that_differ_in_their_ceilings_alone_share_a_column(make_record):
+    def sitting(torch: str, flops: float) -> Session:
+        ceilings = {"bf16": {**CEILINGS, "dtype": "bfloat16", "flops_per_s": flops}}
+        environment = {"device": {"name": "a GPU"}, "torch": torch}
+        return Session(started="2026-11-23T08:00:00+00:00", environment=environment, ceilings=ceilings)
+
+    record = make_record(bench_row(), sessions=[sitting("2.11", 8e14), sitting("2.11", 7e14), sitting("2.13", 8e14)])
+    one, other = environments([record])
+    assert one.texts["bf16 ceiling"] == "700 TFLOP/s to 800 TFLOP/s"
+    assert one.texts["memory ceiling"] == "4.00 TB/s"
+    assert other.texts["torch"] == "2.13"
+
+
+def test_records_of_one_name_are_told_apart(make_record, tmp_path):
+    paths = [tmp_path / name for name in ("before.json", "after.json")]
+    for path in paths:
+        make_record(bench_row(), name="quickstart").path.rename(path)
+    found = load_records(paths)
+    assert [record.name for record in found] == ["before", "after"]
+    assert labels(*found) == ["sdpa (before)", "sdpa (after)"]
+    assert (
+        len({record.name for record in load_records([paths[0], tmp_path / ".." / tmp_path.name / "before.json"])}) == 2
+    )

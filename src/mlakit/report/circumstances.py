@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlakit.bench.units import percent, rate
@@ -13,25 +14,56 @@ _WORDS = {
     "device": "device", "driver": "driver", "cuda": "CUDA", "torch": "torch", "triton": "triton", "mlakit": "mlakit",
     "commit": "commit", "python": "Python", "system": "system", "threads": "CPU threads",
 }  # fmt: skip
+_MEMORY = "memory ceiling"
 _MACHINE = ("device", "driver", "system", "threads")
 _WIDE = 0.1  # an interval that reaches further from its median than this is worth a word
 _CLOCKS_DIFFER = 0.05  # the same for the clocks of a session's rows
 
 
-def environment(records: Sequence[LoadedRecord]) -> list[dict[str, Any]]:
-    """One column for each session: {"record", "started", "facts": {word: text}}."""
-    return [
-        {"record": record.name, "started": session.started or "", "facts": _facts(session)}
-        for record in records
-        for session in record.sessions
-    ]
+@dataclass
+class Column:
+    """Sessions that do not differ in any fact, and what was measured there; ceilings by name, as (lowest, highest)."""
+
+    records: list[str]
+    facts: dict[str, str]
+    ceilings: dict[str, tuple[float, float]]
+
+    @property
+    def title(self) -> str:
+        """The records' names, some of them if they are many."""
+        more = f" and {len(self.records) - 3} more" if len(self.records) > 3 else ""
+        return ", ".join(self.records[:3]) + more
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Facts and ceilings as people read them."""
+        spans = {}
+        for word, bounds in self.ceilings.items():
+            unit = "B/s" if word == _MEMORY else "FLOP/s"
+            spans[word] = " to ".join(dict.fromkeys(rate(bound, unit) for bound in bounds))
+        return {**self.facts, **spans}
+
+
+def environments(records: Sequence[LoadedRecord]) -> list[Column]:
+    """Where the records were measured, sessions with the same facts together."""
+    found: list[Column] = []
+    for record in records:
+        for session in record.sessions:
+            facts = _facts(session)
+            column = next((column for column in found if column.facts == facts), None)
+            if column is None:
+                found.append(column := Column([], facts, {}))
+            if record.name not in column.records:
+                column.records.append(record.name)
+            for dtype, most in session.ceilings.items():
+                for word, value in ((_MEMORY, most.bytes_per_s), (f"{dtype} ceiling", most.flops_per_s)):
+                    low, high = column.ceilings.get(word, (value, value))
+                    column.ceilings[word] = (min(low, value), max(high, value))
+    return found
 
 
 def _facts(session: Session) -> dict[str, str]:
     facts = {word: _text(name, session.environment) for name, word in _WORDS.items()}
-    for dtype, most in session.ceilings.items():
-        facts["memory ceiling"] = rate(most.bytes_per_s, "B/s")
-        facts[f"{dtype} ceiling"] = rate(most.flops_per_s, "FLOP/s")
     if session.peers:
         facts["other libraries"] = ", ".join(f"{name} {version}" for name, version in session.peers.items())
     return {word: text for word, text in facts.items() if text}

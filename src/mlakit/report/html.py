@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 from mlakit import __version__
-from mlakit.report.circumstances import environment, warnings
+from mlakit.report.circumstances import Column, environments, warnings
 from mlakit.report.load import LoadedRecord
 from mlakit.report.rows import page_data
 
@@ -42,23 +42,24 @@ def render_html(records: Sequence[LoadedRecord], *, baseline: str | None = None,
     data = page_data(records, baseline)
     script = "\n".join(_part(name) for name in _SCRIPTS)
     plotly = _in_a_script(get_plotlyjs())
-    environments = jinja2.Environment(
+    templates = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     safe = jinja2.utils.markupsafe.Markup
     devices = dict.fromkeys(session.device for record in records for session in record.sessions)
     started = sorted(session.started[:10] for record in records for session in record.sessions if session.started)
     names = [record.name for record in records]
-    columns, facts = _environment_table(records)
-    return environments.from_string(_part("page.html")).render(
+    columns = environments(records)
+    return templates.from_string(_part("page.html")).render(
         title=title or (f"mlakit: {names[0]}" if len(names) == 1 else f"mlakit: {len(names)} records"),
         devices=", ".join(devices),
         when=" to ".join(dict.fromkeys((started[0], started[-1]))) if started else "",
         summary=_summary(records, data),
         warnings=warnings(records),
         columns=columns,
-        facts=facts,
+        facts=_facts(columns),
         conclusions=data["conclusions"],
+        thresholds=data["thresholds"],
         differences=data["differences"],
         version=__version__,
         style=safe(_part("style.css")),
@@ -94,24 +95,13 @@ def _summary(records: Sequence[LoadedRecord], data: dict[str, Any]) -> str:
     return f"{timed} times of {len(data['jobs'])} batches in {names}"
 
 
-def _environment_table(records: Sequence[LoadedRecord]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Columns (sessions with the same facts share one) and rows: a fact's word, its text in each column."""
-    columns: list[dict[str, Any]] = []
-    for session in environment(records):
-        same = next((column for column in columns if column["facts"] == session["facts"]), None)
-        if same is None:
-            columns.append(same := {"facts": session["facts"], "records": []})
-        same["records"] = list(dict.fromkeys([*same["records"], session["record"]]))
-    for column in columns:
-        named = column["records"]
-        column["title"] = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-    words = dict.fromkeys(word for column in columns for word in column["facts"])
-    facts = [
+def _facts(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """Rows of the table of environments: a fact's word, its text in each column, whether those differ."""
+    return [
         {
             "word": word,
-            "texts": [column["facts"].get(word, "") for column in columns],
-            "differs": len({column["facts"].get(word) for column in columns}) > 1,
+            "texts": [column.texts.get(word, "") for column in columns],
+            "differs": len({column.texts.get(word) for column in columns}) > 1,
         }
-        for word in words
+        for word in dict.fromkeys(word for column in columns for word in column.texts)
     ]
-    return columns, facts

@@ -5,8 +5,9 @@ pages, plots and comparisons share. No torch here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def load_record(path: Path) -> LoadedRecord:
         return LoadedRecord(
             path=path,
             schema=schema,
-            name=path.parent.name if path.stem == "record" and path.parent.name else path.stem,
+            name=_file_name(path),
             sessions=(_session(content),),
             rows=tuple(rows),
             complete=bool(content.get("complete", True)),
@@ -162,14 +163,23 @@ def load_record(path: Path) -> LoadedRecord:
 
 
 def load_records(paths: Sequence[Path]) -> list[LoadedRecord]:
-    """Read several.
+    """Read several. Those that call themselves the same get their files' names, so that a reader can tell them apart.
 
     Raises:
         ValueError: see `load_record`; or none is given.
     """
     if not paths:
         raise ValueError("expected at least one record (a .json that mlakit bench or a study wrote), got none")
-    return [load_record(path) for path in paths]
+    records = [load_record(path) for path in paths]
+    for name in (lambda record: _file_name(record.path), lambda record: str(record.path)):
+        counts = Counter(record.name for record in records)
+        records = [replace(r, name=name(r)) if counts[r.name] > 1 else r for r in records]
+    return records
+
+
+def _file_name(path: Path) -> str:
+    """What a file is called; a run's `record.json` by its folder."""
+    return path.parent.name if path.stem == "record" and path.parent.name else path.stem
 
 
 def dtype_name(name: str) -> str:
@@ -221,7 +231,7 @@ def _bench(path: Path) -> LoadedRecord:
     return LoadedRecord(
         path=path,
         schema=BENCH_SCHEMA,
-        name=record.name,
+        name=_file_name(path) if record.name == "custom" else record.name,  # a run of flags alone has no name
         sessions=sessions,
         rows=tuple(_bench_row(row) for row in record.rows),
         description=record.description,
@@ -259,7 +269,7 @@ def _bench_row(row: BenchmarkResult) -> Measurement:
     }
     return Measurement(
         operation="attention" if config.attention == "mla" else "standard attention",
-        job=config.batch_spec,
+        job=config.batch_title,
         backend=config.title,
         phase=get_batch_type(config.batch_spec),
         model=config.model or "",

@@ -116,7 +116,9 @@ def _traits(firsts: Sequence[Entry]) -> list[str]:
 def _trait(name: str, value: Value) -> str:
     if value is None or value == "":
         return ""
-    return str(value) if isinstance(value, str) else f"{name} {str(value).lower()}"
+    if isinstance(value, str) and name not in ("scope", "l2"):
+        return value
+    return f"{name} {str(value).lower()}"
 
 
 def page_data(records: Sequence[LoadedRecord], baseline: str | None = None) -> dict[str, Any]:

@@ -63,22 +63,40 @@ function drawSweep(jobs) {
   const where = Number(options("sweep-where", found.map((group, i) => [String(i), group.name]), "0"));
   element("sweep-where-label").hidden = found.length < 2;
   const mine = found[where].rows, setting = mine.some((row) => !isNumber(JOBS[row.job].sizes[x]));
-  const name = (row) => (setting ? row.base : row.backend); // a label that holds the swept value is no curve's name
+  // A label that holds the swept value is no curve's name: the backend is, with what else of its settings varies.
+  const others = setting ? distinct(mine.flatMap((row) => Object.keys(row.settings))).filter((name) => name !== x && name !== "backend"
+    && distinct(mine.map((row) => row.settings[name])).length > 1) : [];
+  const name = (row) => (setting ? [row.base, ...others.filter((other) => known(row.settings[other])).map((other) => `${words(other)} ${row.settings[other]}`)].join(", ") : row.backend);
   const traces = distinct(mine.map(name)).map((backend) => {
     const points = mine.filter((row) => name(row) === backend).sort((a, b) => traits(a)[x] - traits(b)[x]);
-    const { colour, mark } = look(points[0].backend);
+    const { colour, mark } = setting ? lookAt(distinct(mine.map(name)).indexOf(backend)) : look(backend);
     return { type: "scatter", mode: "lines+markers", name: safe(backend), x: points.map((row) => traits(row)[x]), y: points.map((row) => row.time),
       line: { color: colour, width: 2 }, marker: { color: colour, symbol: mark, size: 8 }, hovertext: points.map(hover), hoverinfo: "text",
       error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, visible: points.some((row) => known(row.low)),
         array: points.map((row) => (known(row.high) ? row.high - row.time : 0)), arrayminus: points.map((row) => (known(row.low) ? row.time - row.low : 0)) } };
   });
   const values = distinct(mine.map((row) => traits(row)[x])).sort((a, b) => a - b);
+  if (setting) traces.push(...defaults(rows, mine, x, values, name));
   const log = values[0] > 0 && values[values.length - 1] / values[0] >= 8;
   const legend_lines = Math.ceil(traces.length / (narrow() ? 2 : 5));
-  const few = values.length <= (narrow() ? 6 : 14);
+  const at = apart(values, log, narrow() ? 0.12 : 0.05);
   plot("sweep", traces, { height: 400 + 22 * legend_lines, margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
-    xaxis: { title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` }, type: log ? "log" : "linear", ...(few ? { tickmode: "array", tickvals: values, ticktext: values.map(String) } : {}) },
+    xaxis: { title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` }, type: log ? "log" : "linear", tickmode: "array", tickvals: at, ticktext: at.map(String) },
     yaxis: { title: { text: narrow() ? "" : "time (log scale)" }, ...ticks(mine.map((row) => row.time), true, "s") } });
+}
+
+// Of ascending values those whose labels have room beside one another: at least a part of the axis apart.
+function apart(values, log, part) {
+  const place = (value) => (log ? Math.log(value) : value), room = part * (place(values[values.length - 1]) - place(values[0]));
+  return values.reduce((kept, value) => (kept.length && place(value) - place(kept[kept.length - 1]) < room ? kept : [...kept, value]), []);
+}
+
+// Where a setting has a word for a value ("auto"), its time as a line from end to end.
+function defaults(rows, mine, x, values, name) {
+  const curves = distinct(mine.map(name)), jobs = new Set(mine.map((row) => row.job));
+  const found = rows.filter((row) => jobs.has(row.job) && typeof row.settings[x] === "string" && curves.includes(name(row)));
+  return found.map((row) => ({ type: "scatter", mode: "lines", name: safe(`${name(row)}, ${row.settings[x]}`), x: [values[0], values[values.length - 1]], y: [row.time, row.time],
+    line: { color: lookAt(curves.indexOf(name(row))).colour, width: 1.5, dash: "dot" }, hovertext: [hover(row), hover(row)], hoverinfo: "text" }));
 }
 
 const FASTEST = "\u0000fastest";
@@ -108,20 +126,22 @@ function drawMap(jobs) {
   const at = (cells) => cells.map((row) => row.map((entry) => entry?.z ?? null));
   const texts = (cells, part) => cells.map((row) => row.map((entry) => entry?.[part] ?? ""));
   const fastest = of === FASTEST;
+  const room = element("map").clientWidth / (across.length + 1);
   const cells = grid((all) => {
     const row = fastest ? all[0] : all.find((one) => one.backend === of);
     if (!row) return null;
     const next = fastest ? all.find((one) => one !== row) : chosen.baseline === OTHERS || chosen.baseline === of ? all.find((one) => one !== row) : all.find((one) => one.backend === chosen.baseline);
     const gain = next ? next.time / row.time : null;
     const lines = [`<b>${safe(row.backend)}</b> ${time(row.time)}`, ...all.filter((one) => one !== row).slice(0, 6).map((one) => `${safe(one.backend)} ${time(one.time)}`)];
-    if (fastest) return { z: names.indexOf(row.backend), text: `${safe(row.backend)}${gain ? `<br>${factor(gain)}` : ""}`, hover: lines.join("<br>") };
+    const named = room >= 7 * row.backend.length; // px of a label's letters
+    if (fastest) return { z: names.indexOf(row.backend), text: [named ? safe(row.backend) : "", gain ? factor(gain) : ""].filter(Boolean).join("<br>"), hover: lines.join("<br>") };
     return gain ? { z: Math.log2(gain), text: factor(gain), hover: lines.join("<br>") } : null;
   });
   const edge = Math.max(0.3, ...at(cells).flat().filter(known).map(Math.abs));
   const steps = names.flatMap((name, i) => [[i / names.length, look(name).colour], [(i + 1) / names.length, look(name).colour]]);
-  element("map-hint").textContent = fastest
-    ? "Who is the fastest, and how many times as fast as the next."
-    : `How many times as fast as ${chosen.baseline === OTHERS || chosen.baseline === of ? "the fastest other" : chosen.baseline}: blue is faster, orange slower.`;
+  const winners = distinct(cells.flat().filter(known).map((entry) => names[entry.z]));
+  if (fastest) element("map-hint").replaceChildren("Who is the fastest, and how many times as fast as the next: ", ...winners.flatMap((name) => [dotOf(name), `${name} `]));
+  else element("map-hint").textContent = `How many times as fast as ${chosen.baseline === OTHERS || chosen.baseline === of ? "the fastest other" : chosen.baseline}: blue is faster, orange slower.`;
   drawGrid("map", across, up, cells, {
     zmin: fastest ? -0.5 : -edge, zmax: fastest ? names.length - 0.5 : edge,
     colorscale: fastest ? steps : [[0, "#C84E00"], [0.5, isDark() ? "#2a3139" : "#eef0f2"], [1, "#0072B2"]],
@@ -154,6 +174,6 @@ function drawThreshold() {
     z: cells.map((row) => row.map((found) => (found ? Math.log2(found.threshold + 1) : null))),
     text: cells.map((row) => row.map((found) => (found ? `${found.longest ? "≥ " : ""}${found.threshold}` : ""))),
     hovertext: cells.map((row) => row.map((found) => (found ? safe(found.text) : ""))),
-    colorscale: [[0, isDark() ? "#23303c" : "#e3edf5"], [1, isDark() ? "#4FA3E0" : "#7db8de"]], textfont: { color: style("--text") },
+    colorscale: [[0, isDark() ? "#1f2933" : "#e3edf5"], [1, isDark() ? "#28608f" : "#7db8de"]], textfont: { color: style("--text") },
   }, "requests", "keys");
 }

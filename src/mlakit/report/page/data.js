@@ -111,10 +111,9 @@ function isDark() {
   return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 let looks = new Map();
-function rememberLooks() {
+function lookAt(index) {
   const colours = isDark() ? DARK : LIGHT;
-  looks = new Map(backendsShown().map((backend, index) => [backend, {
-    colour: colours[index % colours.length], mark: MARKS[(index + Math.floor(index / colours.length)) % MARKS.length],
-  }]));
+  return { colour: colours[index % colours.length], mark: MARKS[(index + Math.floor(index / colours.length)) % MARKS.length] };
 }
+function rememberLooks() { looks = new Map(backendsShown().map((backend, index) => [backend, lookAt(index)])); }
 const look = (backend) => looks.get(backend) ?? { colour: style("--dim"), mark: MARKS[0] };

@@ -1,7 +1,7 @@
 // Figures. Their heights follow from what they show, their colours from the page's.
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const narrow = () => document.documentElement.clientWidth <= 640;
-const MOST_JOBS = 60;
+const MOST_JOBS = 40;
 
 function layout(more) {
   const line = style("--line"), axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
@@ -95,19 +95,31 @@ function limitTicks(limits, height) {
     marker: { symbol: "line-ns", size: 13, line: { width: 2, color: style("--dim") }, color: style("--dim") },
     hovertext: at.map(([x]) => (known(x) ? `least possible: ${time(x)}` : "")) };
 }
-const short = (title) => (narrow() && title.length > 20 ? `${title.slice(0, 19)}…` : title.length > 44 ? `${title.slice(0, 43)}…` : title);
+// A long title keeps its end, where titles differ.
+function short(title) {
+  const room = narrow() ? 20 : 44;
+  return title.length > room ? `${title.slice(0, room - 8)}…${title.slice(-7)}` : title;
+}
 
 // Ticks with units: 1, 2 and 5 of each power of ten that the data spans.
+const STEPS = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7]];
+function powers(steps, [low, high]) {
+  const found = [];
+  for (let power = Math.floor(low); power <= high; power++) for (const step of steps) found.push(step * 10 ** power);
+  return found.filter((value) => Math.log10(value) >= low && Math.log10(value) <= high);
+}
+function even(low, high) { // where the data spans less than a third of a power
+  const raw = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find((n) => n * unit >= raw) * unit;
+  return Array.from({ length: 12 }, (_, i) => (Math.ceil(low / step) + i) * step).filter((value) => value <= high);
+}
 function ticks(values, log, unit) {
   if (unit === "%") return { tickformat: ".0%", rangemode: "tozero" };
   if (!log || !values.length) return {};
   const low = Math.log10(least(values)), high = Math.log10(most(values));
-  const steps = high - low > 2.2 ? [1] : high - low > 1.3 ? [1, 3] : [1, 2, 5];
-  const at = [];
-  for (let power = Math.floor(low) - 1; power <= Math.ceil(high); power++) for (const step of steps) at.push(step * 10 ** power);
+  const pad = Math.max(0.04 * (high - low), 0.01), range = [low - pad, high + pad];
+  const at = STEPS.map((steps) => powers(steps, range)).find((found) => found.length >= 3) ?? even(10 ** range[0], 10 ** range[1]);
   const text = { s: time, B: size, "": (value) => `${Number(value.toPrecision(3))}×`, n: (value) => rate(value, "").trim(), FLOP: (value) => rate(value, "FLOP/s") }[unit];
-  const pad = Math.max(0.04 * (high - low), 0.03);
-  return { type: "log", range: [low - pad, high + pad], tickmode: "array", tickvals: at, ticktext: at.map(text) };
+  return { type: "log", range, tickmode: "array", tickvals: at, ticktext: at.map(text) };
 }
 
 function drawRoofline(jobs) {

@@ -25,13 +25,11 @@ function fill(id, choices, value) {
   element(id).value = value;
 }
 function chip(name) {
-  const dot = make("i");
-  dot.style.background = look(name).colour;
   return make("button", { type: "button", className: "chip", ariaPressed: String(!chosen.hidden.has(name)), onclick: () => {
     if (!chosen.hidden.delete(name)) chosen.hidden.add(name);
     render();
     [...element("chips").children].find((node) => node.textContent === name)?.focus();
-  } }, dot, name);
+  } }, dotOf(name), name);
 }
 function everyone(backends) {
   const some = backends.some((name) => chosen.hidden.has(name));
@@ -52,6 +50,12 @@ function render() {
   // A curve or a map needs more batches than one: while one is shown alone, they stay as they are.
   drawSweep(jobs.length > 2 ? jobs : every);
   drawMap(jobs.length > 3 ? jobs : every);
+  // What belongs to a record is shown with the operations of that record.
+  const records = new Set(every.flatMap((job) => job.records));
+  for (const [id, of] of [["threshold-section", DATA.thresholds], ["finding-section", DATA.conclusions], ["difference-section", DATA.differences]]) {
+    if (element(id)) element(id).hidden = !of.some((found) => records.has(found.record));
+  }
+  for (const node of document.querySelectorAll("#finding-section details")) node.hidden = !records.has(node.dataset.record);
 }
 
 function choose(id, change) {

@@ -16,7 +16,7 @@ function drawFastest(jobs) {
       return line;
     }
     const ties = tiedWith(best, rows), gain = speedup(best), limit = ofLimit(best);
-    const dot = make("i"); dot.style.background = look(best.backend).colour;
+    const dot = dotOf(best.backend);
     line.append(
       make("td", { className: "winner name" }, dot, ...breakable(best.backend),
         ties.length ? make("small", {}, `within its interval: ${ties.map((row) => row.backend).join(", ")}`) : null),
@@ -30,9 +30,10 @@ function drawFastest(jobs) {
     make("thead", {}, make("tr", {}, ...head.map(([text, className]) => make("th", { className, scope: "col" }, text)))),
     make("tbody", {}, ...body),
   );
-  element("fastest-hint").textContent = jobs.length
-    ? `${jobs.length} ${jobs.length === 1 ? "batch" : "batches"}; choose one to see it alone.`
-    : "No batch has this in its name.";
+  const of = jobsOfOperation().length, count_words = `${of} ${of === 1 ? "batch" : "batches"}`;
+  element("fastest-hint").textContent = !jobs.length ? `None of ${count_words} has this in its name.`
+    : jobs.length < of ? `${jobs.length} of ${count_words}${jobs.length === 1 ? "; choose it again for all" : ""}.`
+    : of > 1 ? `${count_words}; choose one to see it alone.` : "";
   const more = element("more");
   more.hidden = jobs.length <= FIRST_JOBS;
   more.textContent = chosen.all ? `show ${FIRST_JOBS}` : `show all ${jobs.length}`;
@@ -40,6 +41,12 @@ function drawFastest(jobs) {
 
 // A long name may break after a mark, and not within a word.
 const breakable = (text) => text.split(/(?<=[_+·,/x])/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
+
+function dotOf(backend) {
+  const dot = make("i", { className: "dot" });
+  dot.style.background = look(backend).colour;
+  return dot;
+}
 
 // What a batch is, in words: its sizes that are not the same in all of its operation.
 function where(job) {
@@ -64,6 +71,7 @@ function varying() {
 const MODELS = () => distinct(JOBS.filter((job) => !chosen.operation || job.operation === chosen.operation).map((job) => job.model)).filter(Boolean);
 
 // Every measurement, in the order of any column.
+const SEVERAL_RECORDS = distinct(ROWS.map((row) => row.record)).length > 1;
 const COLUMNS = [
   { title: "batch", value: (row) => row.job, show: (row) => JOBS[row.job].title, className: "name" },
   { title: "backend", value: (row) => row.backend, show: (row) => row.backend, className: "name" },
@@ -74,7 +82,7 @@ const COLUMNS = [
   { title: "memory", value: (row) => row.memory, show: (row) => (known(row.memory) ? size(row.memory) : ""), number: true, wide: true },
   { title: "host", value: (row) => row.host, show: (row) => (row.host ? time(row.host) : ""), number: true, wide: true },
   { title: "notes", value: notes, show: notes, className: "name", wide: true },
-  { title: "record", value: (row) => row.record, show: (row) => row.record, className: "name", wide: true },
+  { title: "record", value: (row) => (SEVERAL_RECORDS ? row.record : null), show: (row) => row.record, className: "name", wide: true },
 ];
 
 function showSpeedup(row) {
@@ -118,7 +126,7 @@ function drawRows(jobs) {
   const count = chosen.every ? ordered.length : Math.min(ordered.length, FIRST_ROWS);
   const body = ordered.slice(0, count).map((row) => make("tr", { className: bests.has(row) ? "best" : "" }, ...columns.map((column) => {
     const failed = !row.time && column.title === "time";
-    const cell = make("td", { className: classes(column) + (failed ? " bad" : "") }, ...breakable(column.show(row)));
+    const cell = make("td", { className: classes(column) + (failed ? " bad" : "") }, ...(column.number ? [column.show(row)] : breakable(column.show(row))));
     if (column.title === "batch" && !chosen.operation) cell.append(make("small", {}, JOBS[row.job].operation));
     return cell;
   })));
