@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, faster
 from mlakit.bench.units import percent, seconds
+from mlakit.studies.fitted_table import Column, print_fitted
 
 
 @dataclass
@@ -57,30 +56,37 @@ class Choice:
         return ", ".join(kernel.values()) if kernel != self.auto.kernels and "splits" not in str(kernel) else None
 
 
+_COLUMNS = (
+    Column("backend", right=False),
+    Column("batch", right=False),
+    Column("auto"),
+    Column("best", 1),
+    Column("pieces"),
+    Column("auto costs"),
+    Column("of limit", 3),
+    Column("measured", 2),
+)
+
+
 def print_choices(console: Console, choices: Sequence[Choice], title: str) -> None:
     """One line a backend and batch."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("backend", "batch", "auto", "best", "pieces", "auto costs", "of limit", "measured"):
-        table.add_column(name, justify="left" if name in ("backend", "batch") else "right", overflow="fold")
-    for i, choice in enumerate(choices):
-        auto = choice.auto
-        last = i + 1 == len(choices) or choices[i + 1].backend != choice.backend
-        best = choice.given[choice.best] if choice.best is not None else None
-        timed = auto.timing if best is None or choice.is_tie else best.timing
-        limit = best if best is not None and not choice.is_tie else auto
-        table.add_row(
-            choice.backend,
-            auto.config.batch_title,
-            seconds(auto.timing.median) if auto.timing else STATUS_WORDS[auto.status],
-            seconds(best.timing.median) if best is not None and best.timing and timed else "",
-            str(choice.best or ""),
-            _cost(choice),
-            percent(limit.fraction_of_limit) if limit.fraction_of_limit is not None else "",
-            " ".join(map(str, choice.given)),
-            end_section=last,
-        )
-    console.print(title, style="bold", soft_wrap=True)
-    console.print(table)
+    print_fitted(console, title, _COLUMNS, [_line(choice) for choice in choices], sections=True)
+
+
+def _line(choice: Choice) -> list[str]:
+    auto = choice.auto
+    best = choice.given[choice.best] if choice.best is not None else None
+    fastest = auto if best is None or choice.is_tie else best
+    return [
+        choice.backend,
+        auto.config.batch_title,
+        seconds(auto.timing.median) if auto.timing else STATUS_WORDS[auto.status],
+        seconds(best.timing.median) if best is not None and best.timing else "",
+        str(choice.best or ""),
+        _cost(choice),
+        percent(fastest.fraction_of_limit) if fastest.fraction_of_limit is not None else "",
+        " ".join(map(str, choice.given)),
+    ]
 
 
 def _cost(choice: Choice) -> str:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, faster
 from mlakit.bench.units import percent, seconds
+from mlakit.studies.fitted_table import Column, print_fitted
 
 
 @dataclass(frozen=True)
@@ -142,32 +141,39 @@ class Advice:
         return max(0.0, self.first_time(plain) / min(map(self.first_time, self.found)) - 1)
 
 
+_COLUMNS = (
+    Column("batch", right=False),
+    Column("use", right=False),
+    Column("settings", 2, right=False),
+    Column("time"),
+    Column("of limit", 4),
+    Column("faster by", 1),
+    Column("than", 3, right=False),
+    Column("scope", 5, right=False),
+)
+
+
 def print_advice(console: Console, advice: Sequence[Advice], title: str) -> None:
-    """One line a workload."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("batch", "use", "settings", "time", "of limit", "faster by", "than", "scope"):
-        table.add_column(
-            name, justify="right" if name in ("time", "of limit", "faster by") else "left", overflow="fold"
-        )
-    for each in advice:
-        winner, other, margin = each.winner, each.runner_up, each.margin()
-        if winner is None:
-            table.add_row(each.title, "nothing ran", "", "", "", "", "", each.scope, style="yellow")
-            continue
-        tied = [str(setting) for setting in each.tied]
-        row = each.found[winner][0]
-        table.add_row(
-            each.title,
-            " or ".join([winner.backend, *tied]) + (" (tie)" if tied else ""),
-            winner.changes or "as it comes",
-            seconds(each.time(winner) or 0.0),
-            percent(row.fraction_of_limit) if row.fraction_of_limit is not None else "",
-            percent(margin) if margin is not None else "",
-            str(other or ""),
-            each.scope,
-        )
-    console.print(title, style="bold", soft_wrap=True)
-    console.print(table)
+    """One line a workload; `findings` has every name in full."""
+    print_fitted(console, title, _COLUMNS, [_line(each) for each in advice])
+
+
+def _line(each: Advice) -> list[str]:
+    winner, other, margin = each.winner, each.runner_up, each.margin()
+    if winner is None:
+        return [each.title, "nothing ran", *[""] * (len(_COLUMNS) - 3), each.scope]
+    tied = [setting.backend for setting in each.tied]
+    fraction = each.found[winner][0].fraction_of_limit
+    return [
+        each.title,
+        " or ".join([winner.backend, *tied]) + (" (tie)" if tied else ""),
+        winner.changes or "as it comes",
+        seconds(each.time(winner) or 0.0),
+        percent(fraction) if fraction is not None else "",
+        percent(margin) if margin is not None else "",
+        other.backend if other is not None else "",
+        each.scope,
+    ]
 
 
 def findings(advice: Sequence[Advice]) -> list[str]:

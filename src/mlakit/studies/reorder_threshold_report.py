@@ -2,34 +2,28 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mlakit.bench.crossover import Curve, Point, Recommendation
+from mlakit.bench.results import BenchmarkResult
 from mlakit.bench.units import percent, seconds
+from mlakit.studies.fitted_table import Column, print_fitted
+
+_COLUMNS = (
+    Column("backend", right=False),
+    Column("batch"),
+    Column("decode up to"),
+    Column("prefill from"),
+    Column("decode q1", 3),
+    Column("prefill q1", 4),
+    Column("measured", 2),
+    Column("changes", 1),
+)
 
 
 def print_curves(console: Console, curves: Sequence[Curve], title: str) -> None:
     """One line a backend and batch size."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    titles = ("backend", "batch", "decode up to", "prefill from", "decode q1", "prefill q1", "measured", "changes")
-    for name in titles:
-        table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
-    for curve in curves:
-        first = curve.points[0]
-        table.add_row(
-            curve.backend,
-            str(curve.batch_size),
-            _edge(curve.sure_decode),
-            _edge(curve.sure_prefill),
-            _time(first.decode),
-            _time(first.prefill),
-            str(len(curve.points)),
-            str(curve.crossings),
-        )
-    console.print(title, style="bold", soft_wrap=True)
-    console.print(table)
+    print_fitted(console, title, _COLUMNS, [_line(curve) for curve in curves], sections=True)
     console.print(
         "decode up to, prefill from: the last and first q_len at which that pipeline was faster beyond the noise, "
         "and by how much; changes: how often the faster one changes along the curve",
@@ -38,15 +32,28 @@ def print_curves(console: Console, curves: Sequence[Curve], title: str) -> None:
     )
 
 
+def _line(curve: Curve) -> list[str]:
+    first = curve.points[0]
+    return [
+        curve.backend,
+        str(curve.batch_size),
+        _edge(curve.sure_decode),
+        _edge(curve.sure_prefill),
+        _time(first.decode),
+        _time(first.prefill),
+        str(len(curve.points)),
+        str(curve.crossings),
+    ]
+
+
 def _edge(point: Point | None) -> str:
     if point is None:
         return "-"
     return f"{point.q_len} ({percent(point.lead)})" if point.lead is not None else f"{point.q_len} (no other)"
 
 
-def _time(row: object) -> str:
-    timing = getattr(row, "timing", None)
-    return seconds(timing.median) if timing is not None else "-"
+def _time(row: BenchmarkResult) -> str:
+    return seconds(row.timing.median) if row.timing is not None else "-"
 
 
 def findings(curves: Sequence[Curve], recommended: Sequence[Recommendation], scope: str) -> list[str]:
