@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlakit.report.documents import update_documents
-from mlakit.report.plots import COLOURS
+from mlakit.report.style import COLOURS
 
 ASKED = "<!-- mlakit report\nrecord: speed.json\n"
 END = "-->\n<!-- mlakit end -->\n"

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlakit.report import style
 from mlakit.report.grid import TableOptions, fractions_of_limit
 from mlakit.report.load import LoadedRecord
-from mlakit.report.plots import COLOURS
 
 _DRAWN = "mlakit"  # the key in the file's metadata under which the digest of what it shows is kept
-_FORM = 2  # raise it when the drawing changes, so that files drawn before are stale
+_FORM = 3  # raise it when the drawing changes, so that files drawn before are stale
+
+_WIDTH = 9.0  # inches
 
 
 def draw_limits(records: Sequence[LoadedRecord], options: TableOptions, title: str) -> bytes:
@@ -20,31 +22,25 @@ def draw_limits(records: Sequence[LoadedRecord], options: TableOptions, title: s
     Raises:
         ValueError: see `markdown_report`; or no row has a limit.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = fractions_of_limit(records, options)
     labels = list(dict.fromkeys(label for series in shown.values() for label in series))
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(_WIDTH, 3.8, f"{title}; {records[0].sessions[-1].device}, higher is better")
     axes = figure.add_subplot()
     width = 0.82 / len(shown)
     for index, (name, series) in enumerate(shown.items()):
         places = [x - 0.41 + width * (index + 0.5) for x, label in enumerate(labels) if label in series]
         heights = [100 * series[label] for label in labels if label in series]
-        bars = axes.bar(places, heights, width * 0.92, color=COLOURS[index % len(COLOURS)], label=name)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
+        bars = axes.bar(places, heights, width * 0.92, color=style.colour(index), label=name)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=style.SMALL, padding=1)
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of what the device can do")
-    axes.set_xticks(range(len(labels)), [label.replace(" ", "\n") for label in labels], fontsize=9)
-    axes.set_title(f"{title}\n{records[0].sessions[-1].device}; higher is better", loc="left", fontsize=11)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(shown))
+    axes.set_xticks(range(len(labels)), [label.replace(" ", "\n") for label in labels])
+    style.tidy(axes, grid="y")
+    handles, names = axes.get_legend_handles_labels()
+    style.legend(figure, dict(zip(names, handles, strict=True)), _WIDTH)
     buffer = io.BytesIO()
     metadata = {"Software": None, "Title": title, _DRAWN: _digest(records, options, title)}
-    figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
+    figure.savefig(buffer, format="png", dpi=style.DPI, metadata=metadata)
     return buffer.getvalue()
 
 
