@@ -8,7 +8,7 @@ _SIDES: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Branch:
-    """A second stream that leaves the current one here and is back after `join`.
+    """A second stream beside the current one, until `join`.
 
     Only while a graph is captured: launched one by one, a decode step's kernels wait for the host and not for one
     another, and a second stream would only cost it more. Elsewhere everything stays on the one stream.
@@ -29,11 +29,13 @@ class Branch:
         if device not in _SIDES:
             _SIDES[device] = torch.cuda.Stream(device)
         self._side = _SIDES[device]
-        self._side.wait_stream(torch.cuda.current_stream(device))
 
     def inside(self) -> AbstractContextManager[object]:
-        """A context whose kernels are the branch's."""
-        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
+        """A context whose kernels are the branch's; they come after what was launched before it, here and there."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        return torch.cuda.stream(self._side)
 
     def join(self) -> None:
         """Let what follows wait for the branch."""

@@ -85,8 +85,9 @@ def _attend_in_mqa_mode(
     q_nope, q_pe = q.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
     absorbed = q.new_empty(step.bsz, step.seqlen, heads, args.latent_dim)
     by_head = absorbed.view(tokens, heads, args.latent_dim)[..., :rank].transpose(0, 1)
+    with branch.inside():
+        step.rotate(q_pe, out=absorbed[..., rank:])
     _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
-    step.rotate(q_pe, out=absorbed[..., rank:])
     branch.join()
 
     if cache.is_fp8:
