@@ -18,6 +18,7 @@ from mlakit.bench.results import Record
 from mlakit.bench.runner import Device, new_session
 from mlakit.bench.table import make_console
 from mlakit.bench.units import rate
+from mlakit.report.load import load_record
 from mlakit.report.plots import plot_times
 
 RUNS = Path("mlakit-runs")
@@ -148,7 +149,7 @@ def _show(record: Record, plan: Plan, paths: _Paths, err: Any) -> int:
         curves = find_curves(rows)
         for line in (*curves, *recommend_thresholds(curves)):
             out.print(str(line), soft_wrap=True)
-    plotted = paths.plot is not None and plot_times(record, paths.plot)
+    plotted = paths.plot is not None and plot_times(load_record(paths.json), paths.plot)
     if err is not None:
         places = [("record", paths.json), ("table", paths.csv), ("plot", paths.plot if plotted else None)]
         err.print("saved: " + ", ".join(f"{what} {path}" for what, path in places if path), soft_wrap=True)
