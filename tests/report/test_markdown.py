@@ -91,6 +91,17 @@ def test_what_has_no_time_says_why():
     assert table(markdown_report([record(*rows)]))[1] == ["8q1s1k", "10.0", "timed out", "wrong result"]
 
 
+def test_what_a_reader_must_know_is_said():
+    rows = [row("a", 1e-5, checked=False), row("b", 2e-5, checked=True, throttled=("sw_power_cap",), session=2)]
+    sessions = [replace(SESSION, started=f"2026-11-2{day}") for day in (2, 3, 4)]
+    found = replace(record(*rows, complete=False, planned=9), sessions=tuple(sessions))
+    text = markdown_report([found])
+    assert table(text)[1] == ["8q1s1k", "**10.0 (unchecked)**", "20.0"]
+    assert "Not complete: 2 of 9 rows are measured." in text
+    assert "The GPU was slowed down while 1 of 2 were timed: sw_power_cap." in text
+    assert [line[-11:-1] for line in text.splitlines() if line.startswith("a GPU")] == ["2026-11-22", "2026-11-24"]
+
+
 def test_jobs_and_columns_that_look_alike_are_told_apart():
     rows = [row("a", s, sizes={"heads": heads, "batch": 1}) for heads, s in ((16, 1e-5), (128, 2e-5))]
     labels = [line[0] for line in table(markdown_report([record(*rows)]))[1:]]

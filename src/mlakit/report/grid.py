@@ -46,6 +46,10 @@ class Grid:
     baseline: list[str]
     common: str = ""
 
+    def shown(self) -> list[Measurement]:
+        """All cells that there are."""
+        return [cell for line in self.cells for cell in line if cell]
+
     def fastest(self, index: int, of_baseline: bool) -> float | None:
         """Seconds of the best column of a row, among those of the baseline or the others."""
         times = [
@@ -169,5 +173,6 @@ def _known(what: str, wanted: Iterable[str], there: Sequence[str]) -> None:
 
 
 def given(options: TableOptions) -> str:
+    """What options choose rows by, in words."""
     parts = {"operation": options.operations, "jobs": options.jobs, "select": dict(options.select)}
-    return ", ".join(f"{name} {given!r}" for name, given in parts.items() if given) or "a record without rows"
+    return ", ".join(f"{name} {value!r}" for name, value in parts.items() if value) or "a record without rows"

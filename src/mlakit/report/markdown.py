@@ -27,14 +27,18 @@ def markdown_report(records: Sequence[LoadedRecord], options: TableOptions | Non
     check_options(records, options)
     parts: list[tuple[str, str]] = []
     for record in records:
-        tables = [] if options.value == "conclusions" else _tables(record, options)
+        of_it = {} if options.value == "conclusions" else grids(record, options)
+        tables = [
+            (", ".join(filter(None, title)), _table(grid, options.value) + _below(grid))
+            for title, grid in of_it.items()
+        ]
         if options == TableOptions():
             tables += _differences(record)
         if options in (TableOptions(), TableOptions(value="conclusions")) and record.conclusions:
             tables.append(("", "".join(f"- {escape(words)}\n" for words in record.conclusions)))
         if tables:
-            shown = tables[-1]
-            tables[-1] = (shown[0], f"{shown[1]}\n{_where(record)}")
+            title, text = tables[-1]
+            tables[-1] = (title, f"{text}\n{_where(record, [row for grid in of_it.values() for row in grid.shown()])}")
             name = record.name if len(records) > 1 else ""
             parts += [(", ".join(filter(None, (name, title))), text) for title, text in tables]
     if not parts:
@@ -45,14 +49,6 @@ def markdown_report(records: Sequence[LoadedRecord], options: TableOptions | Non
     if len(parts) == 1:
         return parts[0][1]
     return "\n".join(f"**{escape(title)}**\n\n{text}" if title else text for title, text in parts)
-
-
-def _tables(record: LoadedRecord, options: TableOptions) -> list[tuple[str, str]]:
-    """A title and a table for each operation and model."""
-    found = []
-    for (operation, model), grid in grids(record, options).items():
-        found.append((", ".join(filter(None, (operation, model))), _table(grid, options.value) + _below(grid)))
-    return found
 
 
 def _differences(record: LoadedRecord) -> list[tuple[str, str]]:
@@ -78,7 +74,7 @@ def escape(text: str) -> str:
 
 
 def _table(grid: Grid, value: Shown) -> str:
-    unit, show = _formatter([cell for line in grid.cells for cell in line if cell], value)
+    unit, show = _formatter(grid.shown(), value)
     ratios = grid.ratios() if grid.baseline else []
     marked = value not in ("host", "memory")  # which say nothing of speed
     header = [unit, *map(escape, grid.titles)] + (["times the speed"] if ratios else [])
@@ -107,7 +103,7 @@ def _among_the_fastest(cell: Measurement, cells: Sequence[Measurement | None]) -
 def _cell(row: Measurement, show: Callable[[Measurement], str], best: bool) -> str:
     if row.status != "ok":
         return escape(row.status_words)
-    text = show(row)
+    text = show(row) + (" (unchecked)" if row.checked is False else "")
     return f"**{text}**" if best and text else text
 
 
@@ -148,10 +144,17 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _where(record: LoadedRecord) -> str:
-    """Where and when a record's rows were measured."""
+def _where(record: LoadedRecord, shown: Sequence[Measurement]) -> str:
+    """What to know about the rows shown, and where and when they were measured."""
     lines = []
-    for session in record.sessions:
+    if not record.complete:
+        lines.append(f"Not complete: {len(record.rows)} of {record.planned or 'more'} rows are measured.")
+    slowed = [row for row in shown if row.throttled]
+    if slowed:
+        reasons = ", ".join(sorted({reason for row in slowed for reason in row.throttled}))
+        lines.append(f"The GPU was slowed down while {len(slowed)} of {len(shown)} were timed: {reasons}.")
+    sessions = sorted({row.session for row in shown}) or range(len(record.sessions))
+    for session in (record.sessions[number] for number in sessions):
         made = session.environment
         versions = [f"{name} {made[name]}" for name in ("torch", "triton") if made.get(name)]
         lines.append(", ".join(filter(None, (session.device, *versions, (session.started or "")[:10]))) + ".")
