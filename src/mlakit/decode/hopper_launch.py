@@ -7,11 +7,11 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlakit.decode.hopper_compile import warps_together
 from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_config, plan_slots
 from mlakit.decode.hopper_few import _mla_decode_few_kernel
 from mlakit.decode.hopper_many import _mla_decode_many_kernel
 from mlakit.hardware import device_info
+from mlakit.hopper_compile import warps_together
 
 LOG2E = 1.4426950408889634
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlakit.decode.hopper_compile import keep_warps_together
+from mlakit.hopper_compile import keep_warps_together
 
 BEFORE = """
 	mov.u32 	%r1, %tid.x;
