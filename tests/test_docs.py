@@ -27,6 +27,7 @@ import pytest
 
 from mlakit.bench import config_file
 from mlakit.bench.plan import make_plan, settings_for
+from mlakit.cli import exit_codes
 from mlakit.cli.bench import flags
 from mlakit.cli.main import build_parser, main
 from mlakit.report.documents import update_documents
@@ -248,6 +249,12 @@ def test_every_command_and_study_is_documented():
     everything = "".join(path.read_text() for path in DOCUMENTS)
     for name in studies:
         assert f"mlakit study {name}" in everything, f"no document shows mlakit study {name}"
+
+
+def test_exit_codes_are_documented():
+    page = (ROOT / "docs" / "bench.md").read_text()
+    for code, meaning in exit_codes.MEANINGS.items():
+        assert f"| {code} | {meaning} |" in page
 
 
 def test_architecture_names_every_folder():
