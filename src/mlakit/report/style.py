@@ -19,6 +19,11 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def hatch(index: int) -> str:
+    """Of the bars of the series with this number."""
+    return HATCHES[index % len(HATCHES)]
+
+
 def marker(index: int) -> str:
     """Of the series with this number. The cycles of markers and colours have no common divisor, so that 77 series
     look different.

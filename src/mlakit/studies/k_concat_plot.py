@@ -3,43 +3,40 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlakit.report import style
 from mlakit.studies.k_concat_report import StudyRow
 
 _TITLES = {"cat": "torch.cat", "direct_copy": "direct copy", "triton": "mlakit"}
-# Okabe and Ito's palette, told apart with any colour vision; the markers tell it in grey.
-_STYLES = {"cat": ("#0072B2", "o"), "direct_copy": ("#E69F00", "s"), "triton": ("#009E73", "^")}
+_WIDTH = 10.0
 
 
 def plot(rows: Sequence[StudyRow], device: str, path: Path) -> None:
     """Write a PNG: a row of panels for each dtype, mean time on the left, bytes a second (with the copy ceiling) on the
     right.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    figure = Figure(figsize=(10, 1 + 3.4 * len(dtypes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(_WIDTH, 1 + 3.4 * len(dtypes), f"MLA keys from k_nope and k_pe on {device}")
     panels = figure.subplots(len(dtypes), 2, squeeze=False)
+    handles = {}
     for (left, right), dtype in zip(panels, dtypes, strict=True):
         mine = [row for row in rows if row.dtype == dtype]
-        for method, (colour, marker) in _STYLES.items():
+        for index, (method, title) in enumerate(_TITLES.items()):
             timed = [row for row in mine if row.mean(method)]
             if not timed:
                 continue
             batches = [row.batch for row in timed]
-            style = {"color": colour, "marker": marker, "label": _TITLES[method]}
-            left.plot(batches, [(row.mean(method) or 0) * 1e3 for row in timed], **style)
-            right.plot(batches, [(row.rate(method) or 0) / 1e12 for row in timed], **style)
+            look = {"color": style.colour(index), "marker": style.marker(index)}
+            (handles[title],) = left.plot(batches, [(row.mean(method) or 0) * 1e3 for row in timed], **look)
+            right.plot(batches, [(row.rate(method) or 0) / 1e12 for row in timed], **look)
         ceiling = next((row.copy_bytes_per_s for row in mine if row.copy_bytes_per_s), None)
         if ceiling:
-            right.axhline(ceiling / 1e12, color="#000000", linestyle=":", label="plain copy (measured)")
-        left.set(title=f"{dtype}: time", ylabel="ms (log scale)", yscale="log")
+            handles["plain copy (measured)"] = right.axhline(ceiling / 1e12, **style.LIMIT)
+        left.set(title=f"{dtype}: time", ylabel="ms (log scale)")
+        style.log_axis(left.yaxis, [(row.mean(method) or 0) for row in mine for method in _TITLES])
         right.set(title=f"{dtype}: bytes read and written", ylabel="TB/s", ylim=(0, None))
         for panel in (left, right):
-            panel.set(xlabel="batch size (tokens)", xscale="log")
-            panel.set_xscale("log", base=2)
-            panel.grid(alpha=0.3)
-            panel.legend(frameon=False)
-    figure.suptitle(f"MLA keys from k_nope and k_pe on {device}")
-    figure.savefig(path, dpi=150, format="png")
+            panel.set_xlabel("batch size (tokens)")
+            style.doubling_axis(panel, [row.batch for row in mine])
+            style.tidy(panel)
+    style.legend(figure, handles, _WIDTH)
+    style.save(figure, path)

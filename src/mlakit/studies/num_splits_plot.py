@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlakit.report import style
 from mlakit.studies.num_splits_report import Choice
 
-_MARKERS = "os^Dv<>Ph"
 _LARGEST_RATIO = 4.0
 
 
 def plot(choices: Sequence[Choice], title: str, path: Path) -> None:
     """Write a PNG: a panel a backend."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     backends = list(dict.fromkeys(choice.backend for choice in choices))
     specs = list(dict.fromkeys(choice.spec for choice in choices))
-    figure = Figure(figsize=(1.5 + 4.4 * len(backends), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(1.5 + 4.4 * len(backends), 4.6, f"below 1 the number is faster than auto; {title}")
     panels = figure.subplots(1, len(backends), squeeze=False, sharey=True)[0]
     for panel, backend in zip(panels, backends, strict=True):
         for choice in (choice for choice in choices if choice.backend == backend):
@@ -32,16 +29,14 @@ def plot(choices: Sequence[Choice], title: str, path: Path) -> None:
                 continue
             index = specs.index(choice.spec)
             colour = colormaps["viridis"](0.9 * index / max(len(specs) - 1, 1))
-            style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "color": colour}
-            panel.plot(*zip(*drawn, strict=True), label=choice.auto.config.batch_title, **style)
+            look = {"marker": style.marker(index), "markersize": 4, "color": colour}
+            panel.plot(*zip(*drawn, strict=True), label=choice.auto.config.batch_title, **look)
         panel.axhline(1, color="#000000", linewidth=1)
         panel.set(xlabel="pieces", title=backend)
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8)
+        style.doubling_axis(panel, {n for choice in choices for n in choice.given})
+        style.tidy(panel)
+        panel.legend(frameon=False, fontsize=style.SMALL)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(low, min(high, _LARGEST_RATIO))
     panels[0].set_ylabel(f"time / auto's (cut off at {_LARGEST_RATIO:g})")
-    figure.suptitle(f"below 1 the number is faster than auto; {title}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    style.save(figure, path)

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlakit.report import style
 from mlakit.studies.parallel_report import PARTS, Row
 
-_COLOURS = {"attention": "#0072B2", "merge": "#009E73", "communication": "#D55E00", "rest": "#999999"}
+_COLOURS = {"attention": style.colour(0), "merge": style.colour(2), "communication": style.colour(3), "rest": "#999999"}
+_WIDTH = 8.0
 
 
 def plot(rows: Sequence[Row], device: str, path: Path) -> bool:
@@ -17,14 +19,10 @@ def plot(rows: Sequence[Row], device: str, path: Path) -> bool:
     drawn = [row for row in rows if row.median]
     if not drawn:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    slowest = max(row.median or 0.0 for row in drawn)
-    unit, factor = ("ms", 1e3) if slowest >= 1e-2 else ("µs", 1e6)
-    figure = Figure(figsize=(8, 1.4 + 0.4 * len(drawn)), layout="constrained")
-    FigureCanvasAgg(figure)
+    unit, factor = style.time_unit([row.median or 0.0 for row in drawn])
+    figure = style.new_figure(_WIDTH, 1.4 + 0.4 * len(drawn), f"{rows[0].scope}, {rows[0].batch}, on {device}")
     axes = figure.add_subplot()
     for place, row in enumerate(drawn):
         begin = 0.0
@@ -40,11 +38,8 @@ def plot(rows: Sequence[Row], device: str, path: Path) -> bool:
     axes.set_yticks(range(len(drawn)), titles)
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit}; black: the whole as measured, bars: its parts alone")
-    axes.set_title(f"{rows[0].scope}, {rows[0].batch}, on {device}", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    style.tidy(axes, grid="x")
     shown = [name for name in PARTS if any(row.parts.get(name, 0.0) > 0 for row in drawn)]
-    handles = [Patch(color=_COLOURS[name], label=name) for name in shown]
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(shown), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    style.legend(figure, {name: Patch(color=_COLOURS[name]) for name in shown}, _WIDTH)
+    style.save(figure, path)
     return True
