@@ -109,7 +109,7 @@ def test_a_named_implementation_that_cannot_run_says_why(make_batch: "MakeBatch"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: the tensors are on the CPU"):
         run(make_batch([4]).inputs, impl="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match=r"needs bfloat16 or float16, got torch\.float32"):
+    with pytest.raises(RuntimeError, match=r"needs bfloat16, float16 or float8_e4m3fn, got torch\.float32"):
         run(make_batch([4], dtype=torch.float32).inputs, impl="triton")
     with pytest.raises(RuntimeError, match="page size that is a power of two, got 5"):
         run(make_batch([4], page_size=5).inputs, impl="triton")

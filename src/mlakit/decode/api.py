@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from mlakit.cache import fp8_row_bytes
 from mlakit.decode.ops import candidates, check_capacity, decode, decode_out
 from mlakit.decode.reference import mla_decode_reference
 from mlakit.dispatch import (
@@ -16,7 +17,8 @@ from mlakit.dispatch import (
     unobserved,
 )
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_E4M3 = torch.float8_e4m3fn
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NO_GRADIENT = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
 _WITH_GRADIENT = {"reference": None, "triton": _NO_GRADIENT, "hopper": _NO_GRADIENT}
 
@@ -31,6 +33,8 @@ def mla_decode(
     causal: bool = True,
     kv_lora_rank: int = 512,
     num_splits: int | None = None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,10 +43,11 @@ def mla_decode(
     Every head shares one key a token, whose first `kv_lora_rank` entries are the value.
 
     Args:
-        q: [batch, q_len, num_heads, latent_dim], bfloat16 or float16 (the reference also takes float32 and float64);
-            any number of heads.
-        cache: [pages, page_size, latent_dim] in q's dtype. What `seq_lens` does not promise is not read and may hold
-            anything.
+        q: [batch, q_len, num_heads, latent_dim], bfloat16 or float16 (the reference also takes float32 and float64),
+            or float8_e4m3fn over a cache of it; any number of heads.
+        cache: [pages, page_size, latent_dim] in q's dtype or float8_e4m3fn; or the float8 cache with scales of its own,
+            uint8 [pages, page_size, bytes] (656 for DeepSeek's dimensions: 512 e4m3 codes, 4 float32 scales, 64
+            bfloat16 rope values). What `seq_lens` does not promise is not read and may hold anything.
         block_table: [batch, max_pages] int32, the page of a request's tokens i * page_size and on; slots past its last
             page are not used.
         seq_lens: [batch] int32, the keys of each request with the new tokens' own included; 0 gives zeros and an lse
@@ -55,13 +60,15 @@ def mla_decode(
         kv_lora_rank: width of the value; the rest of `latent_dim` is the rope part.
         num_splits: cut each request's keys into this many pieces. A given number makes a request's result independent
             of the rest of the batch. None balances the pieces over the GPU, from shapes alone.
-        out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype, last dimension
-            contiguous.
+        q_scale, kv_scale: what the codes of a float8_e4m3fn query and cache are multiplied by (one number a tensor).
+            1 for everything else.
+        out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype (bfloat16 or float16
+            if that is float8), last dimension contiguous.
         impl: "hopper", "triton" or "reference"; None takes the fastest that can run.
 
     Returns:
-        out [batch, q_len, num_heads, kv_lora_rank] in q's dtype and lse [batch, q_len, num_heads], natural log,
-        float32 (float64 if q is).
+        out [batch, q_len, num_heads, kv_lora_rank] in q's dtype (bfloat16 if that is float8) and lse [batch, q_len,
+        num_heads], natural log, float32 (float64 if q is).
 
     Raises:
         ValueError: a wrong shape, dtype, device, stride, option or name of an implementation, or a table that is too
@@ -70,10 +77,14 @@ def mla_decode(
 
     The reference alone has gradients. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
     """
-    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, out)
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
-        return _differentiable(q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, out, impl)
-    options: tuple[Any, ...] = (float(softmax_scale), causal, kv_lora_rank, num_splits, impl)
+        return _differentiable(
+            q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, q_scale, kv_scale, out, impl
+        )
+    options: tuple[Any, ...] = (
+        float(softmax_scale), causal, kv_lora_rank, num_splits, impl, float(q_scale), float(kv_scale),
+    )  # fmt: skip
     inputs = (q, cache, block_table, seq_lens)
     direct = unobserved(*inputs) and (out is None or unobserved(out))
     if out is None:
@@ -94,10 +105,12 @@ def _which(
     causal: bool = True,
     kv_lora_rank: int = 512,
     num_splits: int | None = None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> str:
-    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, out)
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return choose("mla_decode", impl, _WITH_GRADIENT)
     return choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
@@ -111,6 +124,8 @@ def _differentiable(
     softmax_scale: float,
     causal: bool,
     kv_lora_rank: int,
+    q_scale: float,
+    kv_scale: float,
     out: torch.Tensor | None,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +135,15 @@ def _differentiable(
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
     return mla_decode_reference(
-        q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        kv_lora_rank=kv_lora_rank,
+        q_scale=q_scale,
+        kv_scale=kv_scale,
     )
 
 
@@ -131,6 +154,8 @@ def _validate(
     seq_lens: torch.Tensor,
     kv_lora_rank: int,
     num_splits: int | None,
+    q_scale: float,
+    kv_scale: float,
     out: torch.Tensor | None,
 ) -> None:
     check_shape("q", q, ("batch", "q_len", "num_heads", "latent_dim"))
@@ -141,11 +166,18 @@ def _validate(
         raise ValueError(
             f"kv_lora_rank must be at least 1 and below q's last dimension {latent_dim}, got {kv_lora_rank}"
         )
-    check_dtype("q", q, *_DTYPES)
-    check_shape("cache", cache, ("pages", "page_size", latent_dim))
+    check_dtype("q", q, *_FLOATS, _E4M3)
+    packed = cache.dtype == torch.uint8
+    width = fp8_row_bytes(kv_lora_rank, latent_dim - kv_lora_rank) if packed else latent_dim
+    check_shape("cache", cache, ("pages", "page_size", width))
     if cache.shape[1] < 1:
         raise ValueError(f"cache must have a page size of at least 1, got shape {list(cache.shape)}")
-    check_dtype("cache", cache, q.dtype)
+    check_dtype("cache", cache, *((_E4M3,) if q.dtype == _E4M3 else (q.dtype, _E4M3, torch.uint8)))
+    for name, scale, codes in (("q_scale", q_scale, q), ("kv_scale", kv_scale, cache)):
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {scale}")
+        if scale != 1 and codes.dtype != _E4M3:
+            raise ValueError(f"{name} must be 1 where there is no tensor of {_E4M3} to multiply, got {scale}")
     check_shape("block_table", block_table, (batch, "max_pages"))
     check_dtype("block_table", block_table, torch.int32)
     check_shape("seq_lens", seq_lens, (batch,))
@@ -160,6 +192,6 @@ def _validate(
         raise ValueError(f"num_splits must be None or at least 1, got {num_splits}")
     if out is not None:
         check_shape("out", out, (batch, q_len, heads, kv_lora_rank))
-        check_dtype("out", out, q.dtype)
+        check_dtype("out", out, *((torch.bfloat16, torch.float16) if q.dtype == _E4M3 else (q.dtype,)))
         check_device("out", out, q.device)
         check_last_dim_contiguous("out", out)

@@ -71,6 +71,8 @@ def refusal(
     """Why the kernels cannot run these inputs, or None. The device is not looked at."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {q.dtype}"
+    if cache.dtype != q.dtype:
+        return f"needs a cache of q's dtype {q.dtype}, got {cache.dtype}"
     if kv_lora_rank != RANK or q.shape[-1] != RANK + ROPE:
         return f"needs kv_lora_rank {RANK} and latent_dim {RANK + ROPE}, got {kv_lora_rank} and {q.shape[-1]}"
     if not softmax_scale > 0:

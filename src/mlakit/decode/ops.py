@@ -17,7 +17,10 @@ from mlakit.dispatch import choose
 from mlakit.hardware import capability, device_info
 
 _INPUTS = "Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens"
-_OPTIONS = "float softmax_scale, bool causal, int kv_lora_rank, int? num_splits, str? impl"
+_OPTIONS = (
+    "float softmax_scale, bool causal, int kv_lora_rank, int? num_splits, str? impl, float q_scale=1.0, "
+    "float kv_scale=1.0"
+)
 
 # Registered by key and not by torch.library.custom_op: the wrappers of the latter cost more host time than a small
 # decode takes.
@@ -39,9 +42,12 @@ def decode(
     kv_lora_rank: int,
     num_splits: int | None,
     impl: str | None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = q.new_empty((*q.shape[:3], kv_lora_rank))
-    return out, decode_out(q, cache, block_table, seq_lens, out, softmax_scale, causal, kv_lora_rank, num_splits, impl)
+    out = q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q))
+    options = (softmax_scale, causal, kv_lora_rank, num_splits, impl, q_scale, kv_scale)
+    return out, decode_out(q, cache, block_table, seq_lens, out, *options)
 
 
 def decode_out(
@@ -55,13 +61,23 @@ def decode_out(
     kv_lora_rank: int,
     num_splits: int | None,
     impl: str | None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
 ) -> torch.Tensor:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
     chosen = choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
     if chosen == "reference":
         result, lse = mla_decode_reference(
-            q, cache, block_table, seq_lens, softmax_scale=softmax_scale, causal=causal, kv_lora_rank=kv_lora_rank
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            kv_lora_rank=kv_lora_rank,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
         )
         out.copy_(result)
         return lse
@@ -94,6 +110,8 @@ def decode_out(
         causal=causal,
         kv_lora_rank=kv_lora_rank,
         num_splits=num_splits,
+        q_scale=q_scale,
+        kv_scale=kv_scale,
     )
     return lse
 
@@ -151,8 +169,10 @@ def _environment_reason(device: str, interpret: bool) -> str | None:
 
 def _input_reason(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> str | None:
     """Why the Triton kernels cannot run these inputs, or None."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        return f"needs bfloat16, float16 or float8_e4m3fn, got {q.dtype}"
+    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
+        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
     page_size, rope_dim = cache.shape[1], q.shape[-1] - kv_lora_rank
@@ -195,8 +215,10 @@ def _decode_fake(
     kv_lora_rank: int,
     num_splits: int | None,
     impl: str | None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty((*q.shape[:3], kv_lora_rank)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.register_fake("mlakit::mla_decode_out")
@@ -211,8 +233,15 @@ def _decode_out_fake(
     kv_lora_rank: int,
     num_splits: int | None,
     impl: str | None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
 ) -> torch.Tensor:
     return q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def out_dtype(q: torch.Tensor) -> torch.dtype:
+    """Of a result that nobody gave a tensor for."""
+    return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
 def _lse_dtype(q: torch.Tensor) -> torch.dtype:

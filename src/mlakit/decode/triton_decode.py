@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from mlakit.decode.triton_fp8 import _latent, _load_query, _rope, _rows_at
 from mlakit.decode.triton_schedule import _even_bounds, _even_pieces, _partial_index, _range_of_slot, _tiles_of
 
 
@@ -118,6 +119,10 @@ def _attend(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    Q_E4M3: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """One tile of query rows over some tiles of one request's keys: both halves of the weighted sum of values, each
     row's sum of weights, and the score that they are relative to.
@@ -136,14 +141,15 @@ def _attend(
     HALF: tl.constexpr = RANK // 2
     c = tl.arange(0, HALF)
     r = RANK + tl.arange(0, ROPE)
+    live = row < rows
     q_at = (
         q_ptr
         + request.to(tl.int64) * (stride_qb + _zero_by(length))
         + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
-    q_a = tl.load(q_at[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
-    q_b = tl.load(q_at[:, None] + (HALF + c)[None, :], mask=(row < rows)[:, None], other=0.0)
-    q_r = tl.load(q_at[:, None] + r[None, :], mask=(row < rows)[:, None], other=0.0)
+    q_a = _load_query(q_at, c, live, Q_E4M3, NATIVE, DTYPE)
+    q_b = _load_query(q_at, HALF + c, live, Q_E4M3, NATIVE, DTYPE)
+    q_r = _load_query(q_at, r, live, Q_E4M3, NATIVE, DTYPE)
     table_ptr += request.to(tl.int64) * (stride_tb + _zero_by(length))
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if SMALL:
@@ -155,9 +161,17 @@ def _attend(
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
         for i in tl.range(start, end, BLOCK_N, num_stages=STAGES, disable_licm=COMPUTE_INSIDE):
-            k_a = tl.load(_keys_at(cache_ptr, page, i, last, c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
-            k_b = tl.load(_keys_at(cache_ptr, page, i, last, HALF + c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
-            k_r = tl.load(_keys_at(cache_ptr, page, i, last, r, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
+            if FORMAT == 0:
+                k_a = tl.load(_keys_at(cache_ptr, page, i, last, c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
+                k_b = tl.load(
+                    _keys_at(cache_ptr, page, i, last, HALF + c, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE)
+                )
+                k_r = tl.load(_keys_at(cache_ptr, page, i, last, r, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N, WIDE))
+            else:
+                at = _rows_at(page, i, last, stride_cp, stride_ct, PAGE_SIZE, BLOCK_N)
+                k_a = _latent(cache_ptr, at, 0, HALF, RANK, FORMAT, NATIVE, DTYPE)
+                k_b = _latent(cache_ptr, at, HALF, HALF, RANK, FORMAT, NATIVE, DTYPE)
+                k_r = _rope(cache_ptr, at, RANK, ROPE, FORMAT, NATIVE, DTYPE)
             page = _look_up(table_ptr, i + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
             s = tl.dot(q_r, tl.trans(k_r), tl.dot(q_a, tl.trans(k_a)))
             if SMALL:  # scaled first, or Triton would make it one chain again
@@ -194,6 +208,7 @@ def _write(
     lse_ptr,
     partial_ptr,
     partial_lse_ptr,
+    kv_scale,
     stride_ob,
     stride_os,
     stride_oh,
@@ -208,6 +223,7 @@ def _write(
     RANK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Store what `_attend` found."""
     HALF: tl.constexpr = RANK // 2
@@ -222,6 +238,8 @@ def _write(
     inverse = tl.where(length > capacity, float("nan"), inverse)
     lse = tl.where(l == 0.0, -float("inf"), m + tl.log2(l))
     lse = tl.where(length > capacity, float("nan"), lse)
+    if FORMAT == 1:
+        inverse *= kv_scale
     acc_a = acc_a * inverse[:, None]
     acc_b = acc_b * inverse[:, None]
     keep = False
@@ -257,6 +275,7 @@ def _mla_decode_kernel(
     partial_ptr,
     partial_lse_ptr,
     scale_log2,
+    kv_scale,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -285,8 +304,12 @@ def _mla_decode_kernel(
     MIN_TILES: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    Q_E4M3: tl.constexpr,
+    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0)  # the tiles of one slot run side by side and share its keys in L2
     if BALANCED:
         first, final, begin, end = _range_of_slot(
@@ -305,6 +328,7 @@ def _mla_decode_kernel(
                     stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb,
                     request, first_tile, end_tile, length, (program + _zero_by(length)) % row_tiles, q_len, heads,
                     capacity, CAUSAL, PAGE_SIZE, RANK, ROPE, BLOCK_M, BLOCK_N, STAGES, WIDE,
+                    FORMAT, Q_E4M3, NATIVE, DTYPE,
                 )  # fmt: skip
                 # Loaded again, and everything that follows from it worked out again: nothing waits in a register.
                 length = tl.load(seq_lens_ptr + request, volatile=True)
@@ -313,8 +337,10 @@ def _mla_decode_kernel(
                 own = program + _zero_by(length)
                 partial = tl.where(taken == tiles, -1, _partial_index(own // row_tiles, begin <= 0))
                 _write(
-                    acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, stride_ob, stride_os, stride_oh,
+                    acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, kv_scale,
+                    stride_ob, stride_os, stride_oh,
                     request, length, partial, own % row_tiles, row_tiles, q_len, heads, capacity, RANK, SPLIT, BLOCK_M,
+                    FORMAT,
                 )  # fmt: skip
             begin -= tiles
             end -= tiles
@@ -333,10 +359,13 @@ def _mla_decode_kernel(
                 stride_qb, stride_qs, stride_qh, stride_cp, stride_ct, stride_tb,
                 request, first_tile, end_tile, length, program % row_tiles, q_len, heads,
                 capacity, CAUSAL, PAGE_SIZE, RANK, ROPE, BLOCK_M, BLOCK_N, STAGES, WIDE,
+                FORMAT, Q_E4M3, NATIVE, DTYPE,
             )  # fmt: skip
             _write(
-                acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, stride_ob, stride_os, stride_oh,
+                acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, kv_scale,
+                stride_ob, stride_os, stride_oh,
                 request, length, partial, program % row_tiles, row_tiles, q_len, heads, capacity, RANK, SPLIT, BLOCK_M,
+                FORMAT,
             )  # fmt: skip
     if DEPENDENT:  # not earlier: at the kernel's start it gains nothing (1x16x8192), or costs 2 us (1x32x8192)
         gdc_launch_dependents()

@@ -8,10 +8,12 @@ import triton
 
 from mlakit.decode.triton_combine import _mla_decode_combine_kernel
 from mlakit.decode.triton_decode import _mla_decode_kernel
+from mlakit.decode.triton_fp8 import AS_QUERY, E4M3, E4M3_ROWS
 from mlakit.decode.triton_schedule import plan_slots
 from mlakit.hardware import DeviceInfo, device_info
 from mlakit.triton_launch import Launches
 
+_FORMATS = {torch.float8_e4m3fn: E4M3, torch.uint8: E4M3_ROWS}
 LOG2E = 1.4426950408889634
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
 MIN_PIECE_KEYS = 64
@@ -27,13 +29,16 @@ class DecodeConfig:
     num_stages: int
     resident: int  # programs that fit a multiprocessor at once
 
-    def shared_bytes(self, kv_lora_rank: int, rope_dim: int, item_bytes: int) -> int:
+    def shared_bytes(self, kv_lora_rank: int, rope_dim: int, item_bytes: int, row_bytes: int | None = None) -> int:
         """An upper estimate of the shared memory of a program: key stages, the queries, the weights, and 2 KiB for
-        reductions.
+        reductions. Keys that take `row_bytes` in the cache are kept as they are, and once more as `item_bytes` have it.
         """
         buffers = self.num_stages if self.uses_wgmma else max(self.num_stages - 1, 1)
-        keys = buffers * self.block_n * (kv_lora_rank + rope_dim)
-        return item_bytes * (keys + self.block_m * (kv_lora_rank + rope_dim + self.block_n)) + 2048
+        latent_dim = kv_lora_rank + rope_dim
+        keys = buffers * self.block_n * (row_bytes or item_bytes * latent_dim)
+        if row_bytes:
+            keys += self.block_n * latent_dim * item_bytes
+        return keys + item_bytes * self.block_m * (latent_dim + self.block_n) + 2048
 
     @property
     def uses_wgmma(self) -> bool:
@@ -62,16 +67,20 @@ def choose_config(
     rope_dim: int,
     item_bytes: int,
     capability: tuple[int, int] | None,
+    row_bytes: int | None = None,
 ) -> DecodeConfig:
     """The launch configuration for `batch` requests of `rows` query rows each, and room for `capacity` keys in each
-    one's table; None as capability is the interpreter.
+    one's table, of `row_bytes` each where they are float8; None as capability is the interpreter.
     """
     capability = capability or (8, 0)
-    config = _preferred(batch, rows, capacity, page_size, capability)
+    if row_bytes:
+        config = _preferred_fp8(rows, capability)
+    else:
+        config = _preferred(batch, rows, capacity, page_size, capability)
     if config.block_m * kv_lora_rank > 4096 * config.num_warps:  # 128 accumulators a thread
         config = DecodeConfig(16, 32, 8, 3, 1)
     limit = shared_limit(capability)
-    while config.shared_bytes(kv_lora_rank, rope_dim, item_bytes) * config.resident > limit - 1024 * (
+    while config.shared_bytes(kv_lora_rank, rope_dim, item_bytes, row_bytes) * config.resident > limit - 1024 * (
         config.resident - 1
     ):
         config = _smaller(config)
@@ -79,8 +88,8 @@ def choose_config(
 
 
 def _preferred(batch: int, rows: int, capacity: int, page_size: int, capability: tuple[int, int]) -> DecodeConfig:
-    # Measured on an H200 (benchmarks/h200/dense_decode.py --tune), requests x heads x keys, in microseconds. Elsewhere by
-    # arithmetic on shared memory.
+    # Measured on an H200 (benchmarks/h200/dense_decode.py --tune), requests x heads x keys, in microseconds. Elsewhere
+    # by arithmetic on shared memory.
     large = shared_limit(capability) > 200 * 1024
     if rows <= 16 or shared_limit(capability) < 128 * 1024:
         # One program of (16, 64, 4, 3) and two of (16, 32, 4, 3): 1x16x8192 15.0 and 16.0, 16x16x1024 22.3 and 24.6,
@@ -97,6 +106,13 @@ def _preferred(batch: int, rows: int, capacity: int, page_size: int, capability:
         return DecodeConfig(32, 64, 4 if capability[0] == 9 and page_size >= 64 else 8, 3, 1)
     # 128x128x8192: (64, 64, 8, 2) 1023, (64, 32, 8, 4) 1286. 128x128x2048: 309, two tiles of (32, 64, 4, 3) 372.
     return DecodeConfig(64, 64, 8, 2, 1)
+
+
+def _preferred_fp8(rows: int, capability: tuple[int, int]) -> DecodeConfig:
+    # Keys pass through registers on their way to 16 bits: with more of them, or of rows, registers spill.
+    if rows <= 16 or shared_limit(capability) < 128 * 1024:
+        return DecodeConfig(16, 32, 8, 3, 1)
+    return DecodeConfig(64, 64, 8, 3, 1) if capability[0] == 9 else DecodeConfig(32, 32, 8, 3, 1)
 
 
 def _smaller(config: DecodeConfig) -> DecodeConfig:
@@ -141,17 +157,17 @@ _MOST_PLANS = 4096
 
 def _plan_call(
     shape: torch.Size,
-    page_size: int,
-    key_stride: int,
     max_pages: int,
-    item_bytes: int,
     causal: bool,
     kv_lora_rank: int,
     num_splits: int | None,
+    q_dtype: torch.dtype,
+    cache: torch.Tensor,
     config: DecodeConfig | None,
     device: DeviceInfo,
 ) -> _CallPlan:
     batch, q_len, heads, latent_dim = shape
+    page_size, key_stride = cache.shape[1], cache.stride(1)
     rows, rope_dim, capacity = q_len * heads, latent_dim - kv_lora_rank, max_pages * page_size
     config = config or choose_config(
         batch=batch,
@@ -160,8 +176,9 @@ def _plan_call(
         page_size=page_size,
         kv_lora_rank=kv_lora_rank,
         rope_dim=rope_dim,
-        item_bytes=item_bytes,
+        item_bytes=2,
         capability=device.capability,
+        row_bytes=cache.shape[2] if cache.element_size() == 1 else None,
     )
     row_tiles = triton.cdiv(rows, config.block_m)
     min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
@@ -209,6 +226,9 @@ def _plan_call(
             "SPLIT": plan.is_split,
             "STAGES": config.num_stages,
             "WIDE": page_size * key_stride >= 2**31,
+            "FORMAT": _FORMATS.get(cache.dtype, AS_QUERY).value,
+            "Q_E4M3": q_dtype == torch.float8_e4m3fn,
+            "NATIVE": device.capability is not None and device.capability >= (8, 9),
             **shared,
         },
         num_warps=config.num_warps,
@@ -236,6 +256,8 @@ def _launch_decode(
     causal: bool,
     kv_lora_rank: int,
     num_splits: int | None,
+    q_scale: float = 1.0,
+    kv_scale: float = 1.0,
     config: DecodeConfig | None = None,
 ) -> None:
     """Fill `out` and `lse`. Inputs are valid already; the workspace comes from the caching allocator, so that a CUDA
@@ -245,7 +267,7 @@ def _launch_decode(
         return
     device, q_strides, cache_strides, table_stride = q.device, q.stride(), cache.stride(), block_table.stride(0)
     out_strides = out.stride()[:3]
-    pages, options = block_table.shape[1], (softmax_scale, causal, kv_lora_rank, num_splits, config)
+    pages, options = block_table.shape[1], (softmax_scale, causal, kv_lora_rank, num_splits, q_scale, kv_scale, config)
     key = (
         q.shape,
         q_strides,
@@ -255,6 +277,8 @@ def _launch_decode(
         table_stride,
         out_strides,
         q.dtype,
+        cache.dtype,
+        out.dtype,
         options,
         device,
     )
@@ -262,13 +286,12 @@ def _launch_decode(
     if plan is None:
         plan = _plan_call(
             q.shape,
-            cache.shape[1],
-            cache_strides[1],
             pages,
-            q.element_size(),
             causal,
             kv_lora_rank,
             num_splits,
+            q.dtype,
+            cache,
             config,
             device_info(device),
         )
@@ -281,10 +304,15 @@ def _launch_decode(
         partials, rows = plan.partials
         partial = torch.empty((partials, rows, kv_lora_rank), dtype=torch.float32, device=device)
         partial_lse = torch.empty((partials, rows), dtype=torch.float32, device=device)
+    # Triton refuses e4m3 pointers below compute capability 8.9.
+    if q.dtype == torch.float8_e4m3fn:
+        q = q.view(torch.uint8)
+    if cache.dtype == torch.float8_e4m3fn:
+        cache = cache.view(torch.uint8)
     tensors = (q, cache, block_table, seq_lens, out, lse, partial, partial_lse)
     if device.type != "cuda" or not _ATTENTION.again(key, device, tensors):
         strides = (*q_strides[:3], *cache_strides[:2], table_stride, *out_strides)
-        numbers = (softmax_scale * LOG2E, *strides, *plan.counts)
+        numbers = (softmax_scale * q_scale * kv_scale * LOG2E, kv_scale, *strides, *plan.counts)
         _ATTENTION.first(key, device, plan.grid, tensors, numbers, plan.constants, num_warps=plan.num_warps)
     if plan.combine_grid is None:
         return
