@@ -91,7 +91,7 @@ def _hash(text: str) -> str:
 
 def _summary(records: Sequence[LoadedRecord], data: dict[str, Any]) -> str:
     timed = sum(1 for row in data["rows"] if row["time"])
-    names = ", ".join(dict.fromkeys(record.name for record in records))
+    names = ", ".join(record.name for record in records) if len(records) <= 6 else f"{len(records)} records"
     return f"{timed} times of {len(data['jobs'])} batches in {names}"
 
 

@@ -78,7 +78,7 @@ function drawSweep(jobs) {
   const values = distinct(mine.map((row) => traits(row)[x])).sort((a, b) => a - b);
   if (setting) traces.push(...defaults(rows, mine, x, values, name));
   const log = values[0] > 0 && values[values.length - 1] / values[0] >= 8;
-  const legend_lines = Math.ceil(traces.length / (narrow() ? 2 : 5));
+  const legend_lines = legendLines(traces);
   const at = apart(values, log, narrow() ? 0.12 : 0.05);
   plot("sweep", traces, { height: 400 + 22 * legend_lines, margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
     xaxis: { title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` }, type: log ? "log" : "linear", tickmode: "array", tickvals: at, ticktext: at.map(String) },

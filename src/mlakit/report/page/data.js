@@ -61,7 +61,8 @@ function jobsOfOperation() {
 }
 function jobsShown() {
   const words = chosen.search.toLowerCase().split(/\s+/).filter(Boolean);
-  const jobs = jobsOfOperation();
+  const hasTime = (job) => ROWS_OF[job.index].some((row) => row.time);
+  const jobs = jobsOfOperation().sort((a, b) => hasTime(b) - hasTime(a));
   const exact = jobs.filter((job) => job.title.toLowerCase() === chosen.search.trim().toLowerCase());
   if (exact.length) return exact;
   return jobs.filter((job) => {
@@ -75,8 +76,10 @@ const ofRecord = (row) => !chosen.record || row.record === chosen.record;
 const rowsOf = (job) => ROWS_OF[job.index].filter((row) => ofRecord(row) && !chosen.hidden.has(row.backend));
 const timed = (rows) => rows.filter((row) => row.time);
 const byTime = (rows) => timed(rows).sort((a, b) => a.time - b.time);
+// Of the chosen operation, model and record; those that have a time before those that have none.
 function backendsShown() {
-  return distinct(jobsOfOperation().flatMap((job) => ROWS_OF[job.index]).filter(ofRecord).map((row) => row.backend));
+  const rows = jobsOfOperation().flatMap((job) => ROWS_OF[job.index]).filter(ofRecord);
+  return distinct([...timed(rows), ...rows].map((row) => row.backend));
 }
 
 // The row that another is compared with, and how many times as fast as it that is, with the interval of that.

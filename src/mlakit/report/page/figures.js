@@ -11,7 +11,7 @@ function layout(more) {
     font: { color: style("--text"), family: "system-ui, sans-serif", size: narrow() ? 11 : 13 },
     margin: { l: 10, r: 14, t: 10, b: 40 }, dragmode: narrow() ? false : "zoom",
     hoverlabel: { bgcolor: style("--panel"), bordercolor: line, font: { color: style("--text") }, align: "left" },
-    legend: { orientation: "h", yanchor: "bottom", y: 1.0, x: 0, xanchor: "left" },
+    legend: { orientation: "h", yanchor: "bottom", y: 1.0, x: 0, xanchor: "left", maxheight: 2000 },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
 }
@@ -21,6 +21,11 @@ function plot(id, traces, more) {
   if (!node.querySelector(".plot-container")) node.replaceChildren();
   Plotly.react(node, traces, layout(more), { responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+}
+// How many lines a legend takes, by the letters of its longest entry.
+function legendLines(traces) {
+  const longest = most(traces.map((trace) => trace.name.length)), room = element("compare").clientWidth * (narrow() ? 0.75 : 0.9);
+  return Math.ceil(traces.length / Math.max(1, Math.floor(room / (7 * longest + 45))));
 }
 const marker = (backend, extra = {}) => ({ color: look(backend).colour, symbol: look(backend).mark, size: 9, ...extra });
 function hover(row) {
@@ -79,7 +84,7 @@ function drawCompare(jobs) {
   });
   const limits = shown.map((job) => least(rowsOf(job).map((row) => row.limit ?? Infinity)));
   if (chosen.metric === "time" && limits.some(Number.isFinite)) traces.push(limitTicks(limits, alone ? lines.length : 1));
-  const legend_lines = alone ? 0 : Math.ceil(traces.length / (narrow() ? 2 : 6));
+  const legend_lines = alone ? 0 : legendLines(traces);
   const reached = traces.flatMap((trace) => trace.x).filter((value) => value > 0);
   plot("compare", traces, {
     height: 90 + 24 * legend_lines + (lines.length > 20 ? 22 : 30) * Math.max(lines.length, 2),
@@ -144,7 +149,7 @@ function drawRoofline(jobs) {
       marker: marker(name), hovertext: mine.map((row) => `${hover(row)}<br>${rate(row.flops / row.time, "FLOP/s")}, ${rate(row.bytes / row.time, "B/s")}`), hoverinfo: "text" });
   }
   const reached = traces.flatMap((trace) => trace.y);
-  const legend_lines = Math.ceil(traces.length / (narrow() ? 2 : 5));
+  const legend_lines = legendLines(traces);
   element("roofline-hint").textContent = "Operations a second over operations a byte, both as the job needs them at least. The line is what this device reached at best: left of its bend memory is the limit, right of it the units that multiply.";
   plot("roofline", traces, { height: 420 + 22 * legend_lines, margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
     xaxis: { title: { text: "FLOP a byte (log scale)" }, type: "log", range: [Math.log10(low), Math.log10(high)], dtick: 1 },

@@ -18,6 +18,7 @@ function fillControls() {
   }
   fill("baseline", [[OTHERS, "the fastest other"], ...backends.map((name) => [name, name])], chosen.baseline);
   element("titles").replaceChildren(...distinct(jobsOfOperation().map((job) => job.title)).map((value) => make("option", { value })));
+  element("chips-title").textContent = `Backends (${backends.length})`;
   element("chips").replaceChildren(...backends.map(chip), ...(backends.length > 2 ? [everyone(backends)] : []));
 }
 function fill(id, choices, value) {
@@ -91,5 +92,6 @@ element("theme").addEventListener("click", () => {
 function drawAll() { render(); drawThreshold(); drawDifferences(); }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 matchMedia("(max-width: 640px)").addEventListener("change", drawAll);
+element("chips-box").open = !narrow() || backendsShown().length <= 8;
 drawAll();
 document.documentElement.dataset.ready = "yes"; // what a test waits for

@@ -78,7 +78,7 @@ const COLUMNS = [
   { title: "time", value: (row) => row.time, show: (row) => (row.time ? time(row.time) : row.words), number: true },
   { title: "95% interval", value: (row) => (known(row.high) && row.time ? (row.high - row.low) / row.time : null), show: interval, number: true, wide: true },
   { title: "speed-up", value: (row) => speedup(row)?.value ?? null, show: showSpeedup, number: true },
-  { title: "of the limit", value: ofLimit, show: (row) => (ofLimit(row) ? percent(ofLimit(row)) : ""), number: true },
+  { title: "of the limit", value: ofLimit, show: (row) => (ofLimit(row) ? percent(ofLimit(row)) : ""), number: true, wide: true },
   { title: "memory", value: (row) => row.memory, show: (row) => (known(row.memory) ? size(row.memory) : ""), number: true, wide: true },
   { title: "host", value: (row) => row.host, show: (row) => (row.host ? time(row.host) : ""), number: true, wide: true },
   { title: "notes", value: notes, show: notes, className: "name", wide: true },
