@@ -20,6 +20,7 @@ import sys
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from glob import glob
 from io import StringIO
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from mlakit.cli.main import build_parser, main
 from mlakit.report.documents import update_documents
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "mlakit"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKERS = {"needs a GPU": ("cuda:0",), "takes minutes": ("cuda:0", "cpu")}
 
@@ -150,6 +152,7 @@ class Runner:
 
     def _mlakit(self, words: list[str], block: Block) -> None:
         words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
+        words = [found for word in words for found in (sorted(glob(word)) if "*" in word else [word])]
         plan(words, MARKERS.get(block.marker, ("cuda:0", "cpu")))
         name = " ".join(words[:2])
         document = block.where.partition(":")[0]
@@ -251,6 +254,22 @@ def test_every_command_and_study_is_documented():
         assert f"mlakit study {name}" in everything, f"no document shows mlakit study {name}"
 
 
+def test_the_table_of_operations_is_complete():
+    import mlakit
+
+    operations = {
+        name for name, module in mlakit._PUBLIC.items() if (SOURCE / module.split(".")[1] / "ops.py").exists()
+    }
+    page = (ROOT / "docs" / "operations.md").read_text()
+    said = {}
+    for names, fastest in re.findall(r"^\| (`[^|]*`) \|[^|]*\| `(\w+)` \|", page, re.MULTILINE):
+        said.update(dict.fromkeys(re.findall(r"`(\w+)`", names), fastest))
+    assert set(said) == operations
+    for name, fastest in said.items():
+        folder = SOURCE / mlakit._PUBLIC[name].split(".")[1]
+        assert fastest == ("hopper" if '"hopper"' in (folder / "api.py").read_text() else "triton"), name
+
+
 def test_exit_codes_are_documented():
     page = (ROOT / "docs" / "bench.md").read_text()
     for code, meaning in exit_codes.MEANINGS.items():
@@ -259,7 +278,7 @@ def test_exit_codes_are_documented():
 
 def test_architecture_names_every_folder():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    inside = [path for path in (ROOT / "src" / "mlakit").iterdir() if path.name[0] not in "_."]
+    inside = [path for path in SOURCE.iterdir() if path.name[0] not in "_."]
     names = [f"{path.name}/" if path.is_dir() else path.name for path in inside if path.suffix != ".typed"]
     assert [name for name in names if f"`{name}`" not in page] == []
 
