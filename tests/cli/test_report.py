@@ -45,6 +45,15 @@ def test_a_run_s_folder_stands_for_its_record(report, tmp_path):
     assert not Path("report.html").exists()  # asked for tables, it writes no page
 
 
+def test_plots(report, tmp_path):
+    code, out, err = report(str(RESULTS / "quickstart.json"), "--plot", "plots")
+    assert (code, out) == (0, "")
+    written = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert written == sorted(line.removeprefix("saved: plots/") for line in err)
+    assert "quickstart-attention-times.png" in written
+    assert not Path("report.html").exists()
+
+
 def test_documents(report, tmp_path):
     shutil.copy(DECODE, tmp_path / "decode.json")
     marker = "<!-- mlakit report\nrecord: decode.json\njobs: 64x128x4096\n-->\n"
@@ -68,6 +77,7 @@ def test_documents(report, tmp_path):
         ([DECODE, "-o", "here"], "-o: 'here' is a folder; expected a file to write to"),
         ([DECODE, "-o", "out.json"], "-o: 'out.json' would be taken for a record; expected a page"),
         ([DECODE, "-o", "future.json/x.html"], "-o: cannot make the folder 'future.json'"),
+        ([DECODE, "--plot", "future.json"], "--plot: cannot make the folder 'future.json'"),
         ([DECODE, "--markdown", "--title", "x"], "--title is the page's: it goes with -o FILE"),
         ([DECODE, "--check"], "--check goes with --update DOCUMENT"),
         (["--update", "README.md", "-o", "x.html"], "--update takes all else from the documents' markers"),

@@ -1,4 +1,4 @@
-"""`mlakit report`: records as a page to look at, as Markdown; and documents that hold such tables."""
+"""`mlakit report`: records as a page to look at, as Markdown, as plots; and documents that hold such tables."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ examples:
   mlakit report mlakit-runs/quickstart-20261122-101500 -o report.html
   mlakit report results/h200/*.json -o h200.html --baseline flash_mla
   mlakit report before.json after.json --markdown > tables.md
+  mlakit report results/h200/dense_decode.json --plot plots --baseline flash_mla
   mlakit report --update README.md docs/kernels.md --check
 
 A record is what mlakit bench, mlakit study NAME --output-json or make bench-h200 wrote; of a run's folder it is the
@@ -22,20 +23,23 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "report",
-        help="a page or tables from records",
-        description="Show records: as an HTML page with figures and tables to filter and sort, or as tables "
-        "in Markdown.",
+        help="a page, tables or plots from records",
+        description="Show records: as an HTML page with figures and tables to filter and sort, as tables in "
+        "Markdown, or as PNG plots.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("records", nargs="*", type=Path, metavar="RECORD", help="records (.json), or folders of runs")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html, unless --markdown)"
+        "-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html, unless --markdown or --plot)"
     )
     parser.add_argument("--baseline", metavar="BACKEND", help="what speed-ups refer to (default: the fastest other)")
     parser.add_argument("--title", metavar="TEXT", help="the page's head line")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="write a PNG for each operation and question into this folder"
+    )
     parser.add_argument(
         "--update", nargs="+", type=Path, metavar="DOCUMENT", help="make the tables between a document's markers anew"
     )
@@ -48,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it."""
     if args.update:
-        if args.records or args.output or args.markdown or args.baseline or args.title:
+        if args.records or args.output or args.markdown or args.plot or args.baseline or args.title:
             raise ValueError("--update takes all else from the documents' markers; give it documents, and --check")
         return _update(args.update, args.check)
     if args.check:
@@ -56,11 +60,13 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.report.load import load_records
 
     records = load_records(args.records)
-    output = args.output or (None if args.markdown else Path("report.html"))
+    output = args.output or (None if args.markdown or args.plot else Path("report.html"))
     if args.title and output is None:
         raise ValueError("--title is the page's: it goes with -o FILE")
     if output is not None:
         _page(args, records, output)
+    if args.plot is not None:
+        _plots(args, records)
     if args.markdown:
         from mlakit.report.grid import TableOptions
         from mlakit.report.markdown import markdown_report
@@ -83,6 +89,15 @@ def _page(args: argparse.Namespace, records: Sequence[Any], output: Path) -> Non
     except OSError as error:
         raise ValueError(f"-o: cannot write {str(output)!r}: {error.strerror or error}") from None
     print(f"saved: {output}", file=sys.stderr)
+
+
+def _plots(args: argparse.Namespace, records: Sequence[Any]) -> None:
+    from mlakit.report.plots import write_plots
+    from mlakit.studies.command import output_folder
+
+    folder = output_folder(args.plot, "", "--plot")
+    for path in write_plots(records, folder, baseline=args.baseline):
+        print(f"saved: {path}", file=sys.stderr)
 
 
 def _update(documents: Sequence[Path], check: bool) -> int:
