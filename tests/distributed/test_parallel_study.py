@@ -52,7 +52,8 @@ def test_two_ranks_write_one_record(tmp_path):
     assert len(record["ranks"]) == 2
     measured = [row for row in record["rows"] if not row["predicted"]]
     ways = [(row["scope"], row["plan"]["strategy"], row["ranks"]) for row in measured]
-    assert ways == [(s, n, 1 if n == "one" else 2) for s in ("attention", "layer") for n in ("one", "tp", "cp", "both")]
+    names = {"attention": ("one", "tp", "cp", "cp-own", "both"), "layer": ("one", "tp", "cp", "both")}
+    assert ways == [(scope, name, 1 if name == "one" else 2) for scope, each in names.items() for name in each]
     for row in measured:
         assert row["reason"] == ""
         assert row["median"] > 0
@@ -62,10 +63,10 @@ def test_two_ranks_write_one_record(tmp_path):
             {"attention", "rest"} if row["plan"]["cp"] == 1 else {"attention", "merge", "communication"}
         )
     predicted = [row for row in record["rows"] if row["predicted"]]
-    assert [row["ranks"] for row in predicted] == [2] * 3 + [4] * 3
+    assert [row["ranks"] for row in predicted] == [2] * 4 + [4] * 4
     for row in predicted:
         assert row["median"] == pytest.approx(sum(row["parts"].values()))
-    assert done.stdout.count(" predicted\n") == 6
+    assert done.stdout.count(" predicted\n") == 8
     assert "no such ranks took part" in done.stdout
     lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "details.csv").read_text())))
     assert len(lines) == len(record["rows"])
@@ -113,14 +114,15 @@ def test_one_rank_predicts_by_a_link_that_is_given(alone, capsys):
         "--link-bandwidth", "100",
     )  # fmt: skip
     assert code == 0
-    one, tp, cp, both = record["rows"]
+    _, tp, cp, cp_own, both = record["rows"]
     assert not record["links_measured"]
-    assert [row["predicted"] for row in (one, tp, cp, both)] == [False, True, True, True]
+    assert [row["predicted"] for row in record["rows"]] == [False, True, True, True, True]
     assert "communication" not in tp["parts"]
     # cp: two ranks send one another all 4 heads' messages of 80 elements; both: 2 heads' queries of 80, then as many.
     row = 2 * 80
     assert cp["sent"] == {"all_gather": 4 * row}
     assert cp["parts"]["communication"] == pytest.approx(10e-6 + 4 * row / 100e9)
+    assert cp_own["sent"] == {"all_to_all": 2 * row}
     assert both["sent"] == {"all_gather": 2 * 2 * 80, "all_to_all": 2 * row}
     assert "of the link as given; no such ranks took part" in capsys.readouterr().out
 
@@ -151,12 +153,13 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path):
 
 
 def test_plans():
-    assert plan_of("one", 4) == Plan("one", 1, 1, gather=True)
-    assert plan_of("tp", 4) == Plan("tp", 4, 1, gather=True)
-    assert plan_of("cp", 4) == Plan("cp", 1, 4, gather=False)
-    assert plan_of("both", 4) == Plan("both", 1, 4, gather=True)
-    assert plan_of("both", 8, 2) == Plan("both", 4, 2, gather=True)
-    assert [plan_of(name, 1) for name in ("tp", "cp", "both")] == [None] * 3
+    assert plan_of("one", 4) == Plan("one", 1, 1)
+    assert plan_of("tp", 4) == Plan("tp", 4, 1)
+    assert plan_of("cp", 4) == Plan("cp", 1, 4, gather=False, own=False)
+    assert plan_of("cp-own", 4) == Plan("cp-own", 1, 4, gather=False)
+    assert plan_of("both", 4) == Plan("both", 1, 4)
+    assert plan_of("both", 8, 2) == Plan("both", 4, 2)
+    assert [plan_of(name, 1) for name in ("tp", "cp", "cp-own", "both")] == [None] * 4
 
 
 def _row(strategy, median, *, ranks=2, predicted=False, **fields):

@@ -44,7 +44,7 @@ class LostRankError(RuntimeError):
 @contextmanager
 def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """Join the process group that the environment speaks of, as `torchrun` sets it: NCCL between GPUs, gloo between
-    CPUs.
+    CPUs. Started by hand, a process is a group of one.
 
     While the block runs, a rank that dies or stops ends all others within `timeout` seconds: each writes one line to
     standard error and exits with code 4, also one that waits for the GPU.
@@ -54,30 +54,33 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator
         timeout: seconds without a sign of life from a rank, and the longest that a collective may take.
 
     Raises:
-        ValueError: the environment names no group, or there is no GPU for this rank.
+        ValueError: the environment names half a group, or there is no GPU for this rank.
         LostRankError: a collective failed.
     """
     missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(f"not started by torchrun: {', '.join(missing)} not set")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    alone = "RANK" in missing and "WORLD_SIZE" in missing
+    if missing and not alone:
+        raise ValueError(f"torchrun sets {', '.join(_VARIABLES)}; without {', '.join(missing)} nobody can be found")
+    rank, size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     place = _device(device, int(os.environ.get("LOCAL_RANK", rank)))
     patience = timedelta(seconds=timeout)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        init_method="env://",
         rank=rank,
         world_size=size,
+        store=dist.HashStore() if alone else None,
         timeout=patience,
         device_id=place if place.type == "cuda" else None,
     )
-    # Connections of its own: a store serves one request at a time, and another thread's may wait for long.
-    store = PrefixStore("mlakit/alive", dist.TCPStore(host, port, is_master=False, timeout=patience))
-    watch = Watch(store, rank, size, timeout)
-    watch.start()
+    watch: Watch | None = None
+    if not alone:
+        # A connection of its own: a store serves one request at a time, and another thread's may wait for long.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = PrefixStore("mlakit/alive", dist.TCPStore(host, port, is_master=False, timeout=patience))
+        watch = Watch(store, rank, size, timeout)
+        watch.start()
     try:
         yield Ranks(rank, size, place)
         dist.barrier()
@@ -88,7 +91,8 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator
             raise LostRankError(_first_line(error)) from error
         raise
     finally:
-        watch.stop()
+        if watch is not None:
+            watch.stop()
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ from mlakit.dims import MLA_PRESETS, MLADims, nearest
 from mlakit.studies.layer_options import MODELS, Model, whole, whole_numbers
 
 SCOPES = ("attention", "layer")
-STRATEGIES = ("one", "tp", "cp", "both")
+STRATEGIES = ("one", "tp", "cp", "cp-own", "both")
 GPU_BATCHES, CPU_BATCHES = ("q1s1024k", "32q1s128k"), ("q1s4k", "4q1s512_q1s64")
 GPU_MODEL, CPU_MODEL = "deepseek-v3", "tiny"
 TIMEOUT = 120.0
@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default=list(STRATEGIES),
         help="one (a GPU alone), tp (heads over the ranks, all keys on each), cp (keys over the ranks, all heads on "
-        "each), both (weights by heads, cache by keys) (default: all)",
+        "each), cp-own (as cp, each with the results of its own heads; attention alone), both (weights by heads, cache "
+        "by keys) (default: all)",
     )
     parser.add_argument(
         "--context-ranks", metavar="N", help="of `both`: ranks that share the pages of one cache (default: all)"

@@ -127,8 +127,9 @@ class Attention:
         self.group_q = batch.q[:, :, first : first + self.group].contiguous()
         self.heads = slice(first, first + self.group)
         self.q = self.group_q
-        if plan.gather:
+        if plan.own:
             self.heads = slice(first + cp_rank * self.own, first + (cp_rank + 1) * self.own)
+        if plan.gather:
             self.q = batch.q[:, :, self.heads].contiguous()
         self.pages, self.table = batch.shard(cp_rank, plan.cp)
         self.local = local_lengths(
@@ -143,10 +144,11 @@ class Attention:
             out, _ = mla_decode(self.q, self.pages, self.table, self.batch.seq_lens, **self._options)
         else:
             assert self.mesh is not None
-            given = "own" if self.plan.gather else "all"
+            given, wanted = ("own" if one else "all" for one in (self.plan.gather, self.plan.own))
             out, _ = context_parallel_decode(
-                self.q, self.pages, self.table, self.local, mesh=self.mesh, query_heads=given, **self._options
-            )
+                self.q, self.pages, self.table, self.local, mesh=self.mesh, query_heads=given, out_heads=wanted,
+                **self._options,
+            )  # fmt: skip
         self._out = out
         return out
 
@@ -174,7 +176,7 @@ class Attention:
             return Parts(attend, states.merge, None)
         mesh = self.mesh
         sent = states if swaps else self._messages(1, heads)
-        merged = self._messages(1, self.own) if swaps and not plan.gather else None
+        merged = self._messages(1, self.own) if swaps and not plan.own else None
 
         def communicate() -> None:
             if plan.gather:
@@ -306,7 +308,7 @@ def traffic(plan: Plan, batch: Batch, *, layer: bool) -> Sequence[tuple[str, int
             found.append(("all_gather", others * batch.tokens * own * dims.latent_dim * size))
         if swaps_of(plan, dims.num_heads):
             found.append(("all_to_all", others * batch.tokens * own * row))
-            if not plan.gather:
+            if not plan.own:
                 found.append(("all_gather", others * batch.tokens * own * row))
         else:
             found.append(("all_gather", others * batch.tokens * group * row))
@@ -318,4 +320,4 @@ def traffic(plan: Plan, batch: Batch, *, layer: bool) -> Sequence[tuple[str, int
 
 def swaps_of(plan: Plan, num_heads: int) -> bool:
     """Whether ranks send one another their own heads' results, or all of them to all."""
-    return swaps_first(num_heads // plan.tp, plan.cp, "own" if plan.gather else "all", None)
+    return swaps_first(num_heads // plan.tp, plan.cp, "own" if plan.own else "all", None)

@@ -14,13 +14,15 @@ PARTS = ("attention", "merge", "communication", "rest")
 @dataclass(frozen=True)
 class Plan:
     """How heads and keys are divided: `tp` groups of ranks with different heads, `cp` ranks in each with different
-    keys. With `gather` the ranks of a group have weights of different heads too.
+    keys. With `gather` the ranks of a group have weights of different heads too, and gather queries; with `own` each
+    wants results for its own heads.
     """
 
     strategy: str
     tp: int
     cp: int
-    gather: bool
+    gather: bool = True
+    own: bool = True
 
     @property
     def ranks(self) -> int:
@@ -36,22 +38,25 @@ class Plan:
 def plan_of(strategy: str, ranks: int, context_ranks: int | None = None) -> Plan | None:
     """A strategy on so many ranks; None where it is another one there."""
     if strategy == "one":
-        return Plan("one", 1, 1, gather=True)
+        return Plan("one", 1, 1)
     if ranks == 1:
         return None
     if strategy == "tp":
-        return Plan("tp", ranks, 1, gather=True)
+        return Plan("tp", ranks, 1)
     if strategy == "cp":
-        return Plan("cp", 1, ranks, gather=False)
+        return Plan("cp", 1, ranks, gather=False, own=False)
+    if strategy == "cp-own":
+        return Plan("cp-own", 1, ranks, gather=False)
     context = ranks if context_ranks is None or ranks % context_ranks else context_ranks
-    return None if context == 1 else Plan("both", ranks // context, context, gather=True)
+    return None if context == 1 else Plan("both", ranks // context, context)
 
 
 @dataclass
 class Row:
     """One batch under one plan: seconds, or in `reason` why there are none.
 
-    `median` and the rest are of the slowest rank of each sample, `by_rank` each rank's own median. `parts` holds
+    `median` and the rest are of the slowest rank of each sample (of one rank alone: of the fastest), `by_rank` each
+    rank's own median. `parts` holds
     seconds of what was timed alone, "rest" what the whole takes beside them (below 0 where parts overlap, or are slower
     alone). `floor` is the least time of what travels, by the bandwidth measured in the same run, and `sent` its bytes
     by collective. With `predicted` the row was computed from parts, and no such ranks took part.
@@ -100,7 +105,7 @@ def groups(rows: Sequence[Row], key: Callable[[Row], Any] = same_job) -> list[li
 def header() -> str:
     """The head of the table."""
     return (
-        f"{'scope':9} {'batch':14} {'strategy':11} {'time':>8} {'attention':>9} {'merge':>8} {'comm.':>8} {'rest':>8} "
+        f"{'scope':9} {'batch':14} {'strategy':10} {'time':>8} {'attention':>9} {'merge':>8} {'comm.':>8} {'rest':>8} "
         f"{'floor':>8} {'x one':>6}"
     )
 
@@ -109,7 +114,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """A line a row; "x one" is how many times the speed of one rank."""
     one = baseline(rows)
     for row in rows:
-        start = f"{row.scope:9} {row.batch:14} {row.plan.title:11}"
+        start = f"{row.scope:9} {row.batch:14} {row.plan.title:10}"
         if row.median is None:
             yield f"{start} {row.reason}"
             continue
@@ -127,7 +132,7 @@ def _signed(value: float) -> str:
 
 
 def baseline(rows: Sequence[Row]) -> float | None:
-    """The time of one rank alone."""
+    """The time of the fastest rank alone."""
     return next((row.median for row in rows if row.plan.strategy == "one" and row.median), None)
 
 

@@ -107,7 +107,7 @@ def introduction(here: Ranks, name: str, options: Options, links: dict[str, Link
     """What is measured, and how."""
     lines = [
         f"{here.size} x {name}: {options.model}, {options.dims.num_heads} heads",
-        f"Median of the slowest rank, {options.l2} cache, "
+        f"Median of the slowest rank (one alone: of the fastest), {options.l2} cache, "
         + ("each step replayed from a CUDA graph" if options.mode == "graph" else "launched each time")
         + "; a barrier before each sample; parts are timed alone; "
         + ("checked against float64." if options.check else "not checked (--no-check)."),
@@ -168,7 +168,7 @@ def _measure_batch(study: Study, spec: str) -> None:
         free_memory()
         for strategy in options.strategies:
             plan = plan_of(strategy, here.size, options.context_ranks)
-            if plan is None:
+            if plan is None or (scope == "layer" and strategy == "cp-own"):
                 continue
             row = Row(scope, spec, plan, options.mode, reason=failed)
             mine.append(row)
@@ -206,6 +206,7 @@ def _measure(study: Study, row: Row, batch: Batch, whole: Any, expected: Any) ->
         call = clock.capture(job)
         if options.mode == "eager":
             job()
+        together = row.plan.ranks > 1
         # What is checked is what is timed: the graph's own output, from memory that held no answer.
         job.last.fill_(torch.nan)
         call()
@@ -214,7 +215,7 @@ def _measure(study: Study, row: Row, batch: Batch, whole: Any, expected: Any) ->
             if row.wrong:
                 return
         with Monitor(here) as monitor:
-            spread = clock.time(call)
+            spread = clock.time(call, together=together)
         row.gpus = monitor.states
         for name, value in timing_fields(spread).items():
             setattr(row, name, value)
@@ -222,7 +223,7 @@ def _measure(study: Study, row: Row, batch: Batch, whole: Any, expected: Any) ->
         for name in ("attention", "merge", "communication"):
             part = getattr(parts, name)
             if part is not None:
-                row.parts[name] = clock.time(clock.capture(part)).median
+                row.parts[name] = clock.time(clock.capture(part), together=together).median
         row.parts["rest"] = spread.median - sum(row.parts.values())
         if row.plan.ranks > 1:
             _add_floor(row, batch, study.links)
