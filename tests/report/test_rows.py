@@ -3,7 +3,7 @@
 import pytest
 
 from mlakit.bench.results import GpuState, Session
-from mlakit.report.circumstances import environments, warnings
+from mlakit.report.circumstances import brief, environments, warnings
 from mlakit.report.load import load_record, load_records
 from mlakit.report.rows import entries_of, page_data
 from tests.support.reports import CEILINGS, RESULTS, bench_row
@@ -114,6 +114,8 @@ def test_sessions_that_differ_in_their_ceilings_alone_share_a_column(make_record
     assert one.texts["bf16 ceiling"] == "700 TFLOP/s to 800 TFLOP/s"
     assert one.texts["memory ceiling"] == "4.00 TB/s"
     assert other.texts["torch"] == "2.13"
+    line = "torch differs, memory ceiling 4.00 TB/s, bf16 ceiling 700 TFLOP/s to 800 TFLOP/s"
+    assert brief([one, other]) == line
 
 
 def test_records_of_one_name_are_told_apart(make_record, tmp_path):

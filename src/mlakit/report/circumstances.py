@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ _WORDS = {
     "commit": "commit", "python": "Python", "system": "system", "threads": "CPU threads",
 }  # fmt: skip
 _MEMORY = "memory ceiling"
+_LONG = ("device", "system", "other libraries", "CPU threads", "Python")
 _MACHINE = ("device", "driver", "system", "threads")
 _WIDE = 0.1  # an interval that reaches further from its median than this is worth a word
 _CLOCKS_DIFFER = 0.05  # the same for the clocks of a session's rows
@@ -37,11 +38,27 @@ class Column:
     @property
     def texts(self) -> dict[str, str]:
         """Facts and ceilings as people read them."""
-        spans = {}
-        for word, bounds in self.ceilings.items():
-            unit = "B/s" if word == _MEMORY else "FLOP/s"
-            spans[word] = " to ".join(dict.fromkeys(rate(bound, unit) for bound in bounds))
-        return {**self.facts, **spans}
+        return {**self.facts, **{word: _span(word, bounds) for word, bounds in self.ceilings.items()}}
+
+
+def _span(word: str, bounds: Iterable[float]) -> str:
+    unit = "B/s" if word == _MEMORY else "FLOP/s"
+    return " to ".join(dict.fromkeys(rate(bound, unit) for bound in bounds))
+
+
+def brief(columns: Sequence[Column]) -> str:
+    """Versions and ceilings in a line; where they are not the same everywhere, that they differ."""
+    found = []
+    for word in dict.fromkeys(word for column in columns for word in column.texts):
+        if word in _LONG:
+            continue
+        texts = {column.texts.get(word) for column in columns}
+        bounds = [bound for column in columns for bound in column.ceilings.get(word, ())]
+        if bounds and len({column.facts.get("device") for column in columns}) == 1:
+            found.append(f"{word} {_span(word, (min(bounds), max(bounds)))}")
+        else:
+            found.append(f"{word} {texts.pop() if len(texts) == 1 else 'differs'}")
+    return ", ".join(found)
 
 
 def environments(records: Sequence[LoadedRecord]) -> list[Column]:

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 from mlakit import __version__
-from mlakit.report.circumstances import Column, environments, warnings
+from mlakit.report.circumstances import Column, brief, environments, warnings
 from mlakit.report.load import LoadedRecord
 from mlakit.report.rows import page_data
 
@@ -58,6 +58,7 @@ def render_html(records: Sequence[LoadedRecord], *, baseline: str | None = None,
         warnings=warnings(records),
         columns=columns,
         facts=_facts(columns),
+        brief=brief(columns),
         conclusions=data["conclusions"],
         thresholds=data["thresholds"],
         differences=data["differences"],
