@@ -229,6 +229,37 @@ def tuning(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
     return rows, ()
 
 
+def parallel(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
+    """Study parallel: a decode batch over several ranks. What was predicted says so in its name."""
+    rows = []
+    for row in content["rows"]:
+        plan, strategy = row["plan"], row["plan"]["strategy"]
+        name = strategy if strategy == "one" else f"{strategy} {plan['tp']}x{plan['cp']}"
+        # One rank alone is the fastest of them: the slower of several by chance is what nobody runs.
+        median, interval = row["median"], _pair(row["ci95"])
+        if strategy == "one" and median and min(row["by_rank"]) < median:
+            median, interval = min(row["by_rank"]), None
+        states = [state for state in row["gpus"] if state]
+        rows.append(
+            Measurement(
+                operation=f"{row['scope']} over ranks",
+                job=row["batch"],
+                backend=f"{name}, predicted" if row["predicted"] else name,
+                phase="decode",
+                model=_model(content),
+                sizes={"mode": row["mode"]},
+                settings={"ranks": row["ranks"]},
+                **_outcome(median, row["reason"], row["wrong"]),
+                interval=interval,
+                checked=None if row["predicted"] or not median else row["error"] is not None,
+                throttled=tuple(sorted({reason for state in states for reason in state["throttle_reasons"]})),
+                clock_mhz=min((state["sm_clock"] for state in states if state["sm_clock"]), default=None),
+                temperature=max((state["temperature"] for state in states if state["temperature"]), default=None),
+            )
+        )
+    return rows, ()
+
+
 def _outcome(seconds: float | None, reason: str, wrong: bool) -> dict[str, Any]:
     status = "wrong" if wrong else "ok" if seconds is not None else "no time"
     return {"seconds": None if wrong else seconds, "status": status, "reason": reason}
@@ -254,7 +285,7 @@ def _pair(found: Any) -> tuple[float, float] | None:
 def readers() -> Iterator[tuple[str, Callable[[Mapping[str, Any]], tuple[Rows, Differences]]]]:
     """Schema and reader of each kind of record."""
     yield "mlakit.speed/1", speed
-    for reader in (k_concat, sparse_prefill, layers, correctness, fast_path, tuning):
+    for reader in (k_concat, sparse_prefill, layers, correctness, fast_path, tuning, parallel):
         yield f"mlakit.{reader.__name__}/1", reader
 
 

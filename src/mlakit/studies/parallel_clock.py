@@ -16,7 +16,7 @@ from mlakit.distributed.group import Ranks
 from mlakit.hardware import device_info
 
 _BUDGET_SECONDS = 0.5
-_FEWEST, _MOST = 20, 300
+_FEWEST, _MOST, _MOST_OF_A_PART = 20, 300, 100
 _FEWEST_CPU = 5
 _WARM_UP = 3
 # A GPU that did something heavier just before, such as a float64 product, is slowed down for a while by its power
@@ -86,22 +86,23 @@ class Clock:
         self._graphs.append(graph)
         return graph.replay
 
-    def time(self, call: Callable[[], object], *, together: bool = True) -> Spread:
+    def time(self, call: Callable[[], object], *, together: bool = True, part: bool = False) -> Spread:
         """Time a call as it is (see `capture`). Every rank must come here with its own.
 
         Not `together`, each rank does the whole job by itself: what one rank takes is then what the fastest takes, not
-        the slower of two by chance.
+        the slower of two by chance. A `part` of what was just timed gets fewer samples, and finds the GPU warm.
         """
         for _ in range(_WARM_UP):
             call()
         is_cuda = self._here.device.type == "cuda"
         sample = self._sample_gpu if is_cuda else self._sample_cpu
         pilot = max(max(samples) for samples in _every_rank(sample(call, 3), self._here))
-        if is_cuda:
+        if is_cuda and not part:
             for _ in range(min(int(_WARM_UP_SECONDS / pilot), 10 * _MOST)):
                 call()
         fewest = _FEWEST if is_cuda else _FEWEST_CPU
-        count = self._repeats or min(max(fewest, int(_BUDGET_SECONDS / max(pilot, 1e-9))), _MOST)
+        most = _MOST_OF_A_PART if part else _MOST
+        count = self._repeats or min(max(fewest, int(_BUDGET_SECONDS / max(pilot, 1e-9))), most)
         ranks = _every_rank(sample(call, count), self._here)
         medians = tuple(Timing(tuple(samples)).median for samples in ranks)
         if together:

@@ -223,7 +223,7 @@ def _measure(study: Study, row: Row, batch: Batch, whole: Any, expected: Any) ->
         for name in ("attention", "merge", "communication"):
             part = getattr(parts, name)
             if part is not None:
-                row.parts[name] = clock.time(clock.capture(part), together=together).median
+                row.parts[name] = clock.time(clock.capture(part), together=together, part=True).median
         row.parts["rest"] = spread.median - sum(row.parts.values())
         if row.plan.ranks > 1:
             _add_floor(row, batch, study.links)
@@ -277,27 +277,41 @@ def _predict(study: Study, batch: Batch) -> Sequence[Row]:
 
 
 def _predicted(study: Study, batch: Batch, plan: Plan) -> Row:
-    here, options = study.here, study.options
+    options = study.options
     row = Row("attention", batch.spec, plan, options.mode, predicted=True)
-    with Clock(here, options.mode, options.l2, options.repeats) as clock:
-        job: Attention | None = None
-        try:
-            job = Attention(batch, plan, None)
-        except Exception as error:
-            row.reason = reason_of(error)
-        row.reason = agreed(row.reason, here)
-        if row.reason or job is None:
-            return row
-        parts = job.parts()
-        row.parts["attention"] = clock.time(clock.capture(parts.attention)).median
-        if parts.merge is not None:
-            row.parts["merge"] = clock.time(clock.capture(parts.merge)).median
+    same = [
+        one for one in study.rows if (one.scope, one.batch, one.plan) == ("attention", batch.spec, plan) and one.median
+    ]
+    if same and not same[0].predicted:
+        row.parts = {name: value for name, value in same[0].parts.items() if name in ("attention", "merge")}
+    else:
+        _time_parts(study, row, batch)
+    if row.reason:
+        return row
     sent = traffic(plan, batch, layer=False)
     if sent:
         row.parts["communication"] = sum(study.links[name].seconds(bytes_) for name, bytes_ in sent)
     _add_floor(row, batch, study.links)
     row.median = sum(row.parts.values())
     return row
+
+
+def _time_parts(study: Study, row: Row, batch: Batch) -> None:
+    """What one rank of the row's plan does by itself."""
+    here, options = study.here, study.options
+    with Clock(here, options.mode, options.l2, options.repeats) as clock:
+        job: Attention | None = None
+        try:
+            job = Attention(batch, row.plan, None)
+        except Exception as error:
+            row.reason = reason_of(error)
+        row.reason = agreed(row.reason, here)
+        if row.reason or job is None:
+            return
+        parts = job.parts()
+        row.parts["attention"] = clock.time(clock.capture(parts.attention), part=True).median
+        if parts.merge is not None:
+            row.parts["merge"] = clock.time(clock.capture(parts.merge), part=True).median
 
 
 def finish(rows: Sequence[Row], record: dict[str, Any], folder: Path, record_path: Path) -> None:
