@@ -66,9 +66,9 @@ def plot_times(record: LoadedRecord, path: Path) -> bool:
         False, and no file, if no row has a time.
     """
     entries = entries_of([record])
-    pages = list(_pages(_times(_jobs(entries), _title(entries, "time of a call"))))
-    if not pages:
+    if not any(entry.row.seconds for entry in entries):
         return False
+    pages = list(_pages(_times(_jobs(entries), _title(entries, "time of a call"))))
     left_out = sum(len(page.jobs) for page in pages[1:])
     if left_out:
         pages[0].title += f"\n{left_out} more batches in the table (mlakit report RECORD --plot DIR draws all)"
@@ -212,7 +212,7 @@ def draw(dots: Dots, path: Path) -> None:
         axes.set_xlim(0, None)
     axes.set_xlabel(f"{dots.unit} (log scale)" if dots.log else dots.unit)
     style.tidy(axes, grid="x")
-    axes.set_yticks(range(len(dots.jobs)), [job if len(job) <= 44 else f"{job[:43]}…" for job in dots.jobs])
+    axes.set_yticks(range(len(dots.jobs)), [job if len(job) <= 56 else f"{job[:55]}…" for job in dots.jobs])
     for between in range(len(dots.jobs) - 1):
         axes.axhline(between + 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
     axes.set_ylim(len(dots.jobs) - 0.5, -0.5)
