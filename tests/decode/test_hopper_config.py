@@ -7,16 +7,7 @@ import torch
 import triton
 
 from mlakit.decode import mla_decode
-from mlakit.decode.hopper_config import (
-    FEW16,
-    FEW16_SHORT,
-    FEW32,
-    MANY,
-    HopperConfig,
-    choose_config,
-    plan_slots,
-    refusal,
-)
+from mlakit.decode.hopper_config import FEW16, FEW32, MANY, HopperConfig, choose_config, plan_slots, refusal
 from mlakit.decode.ops import _hopper_reason, candidates
 from mlakit.hardware import DeviceInfo, pretend
 
@@ -36,7 +27,7 @@ def why(q: torch.Tensor, cache: torch.Tensor, **options: Any) -> str | None:
 
 
 @pytest.mark.parametrize("heads", [1, 16, 33, 64, 128, 200])
-@pytest.mark.parametrize("page_size", [64, 128, 4096])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 4096])
 def test_what_they_take(heads: int, page_size: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert why(*inputs(heads, dtype, page_size)) is None
@@ -50,8 +41,8 @@ def test_what_they_take(heads: int, page_size: int) -> None:
         ({"latent": 320}, {}, "kv_lora_rank 512 and latent_dim 576, got 512 and 320"),
         ({}, {"kv_lora_rank": 256}, "kv_lora_rank 512 and latent_dim 576, got 256 and 576"),
         ({}, {"softmax_scale": -0.1}, "a positive softmax_scale, got -0.1"),
-        ({"page_size": 16}, {}, "a power of two and at least 64, got 16"),
-        ({"page_size": 96}, {}, "a power of two and at least 64, got 96"),
+        ({"page_size": 8}, {}, "a power of two and at least 16, got 8"),
+        ({"page_size": 96}, {}, "a power of two and at least 16, got 96"),
         ({"heads": 9000}, {"num_splits": 4}, "at most 8448 query rows a request where it is split, got 9000"),
         ({}, {"num_splits": 100_000}, "fewer than 2\\*\\*31 elements of partial results"),
     ],
@@ -87,50 +78,40 @@ def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.Mo
     _hopper_reason.cache_clear()
     q, cache = inputs()
     table, lens = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    found = candidates(q, cache, table, 0.1, 512, None)
+    found = candidates(q, cache, 0.1, 512, None)
     assert found["reference"] is None
     assert found["hopper"] == "the tensors are on the CPU, and Gluon has no interpreter"
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run: the tensors are on the CPU"):
         mla_decode(q, cache, table, lens, softmax_scale=0.1, impl="hopper")
 
 
-# Up to 16 and 32 query rows the kernel whose columns they are, above that the one of 64 rows; few keys in longer
-# pieces.
+# Up to 16 and 32 query rows the kernel whose columns they are, above that the one of 64 rows.
 @pytest.mark.parametrize(
-    ("batch", "rows", "capacity", "config"),
-    [
-        (16, 1, 1024, FEW16_SHORT),
-        (16, 16, 1024, FEW16_SHORT),
-        (64, 16, 4096, FEW16),
-        (64, 17, 4096, FEW32),
-        (64, 32, 1024, FEW32),
-        (64, 33, 4096, MANY),
-        (4, 512, 4096, MANY),
-    ],
+    ("batch", "rows", "config"),
+    [(16, 1, FEW16), (64, 16, FEW16), (64, 17, FEW32), (64, 32, FEW32), (64, 33, MANY), (4, 512, MANY)],
 )
-def test_configurations(batch: int, rows: int, capacity: int, config: HopperConfig) -> None:
-    assert choose_config(batch=batch, rows=rows, capacity=capacity) == config
+def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
+    assert choose_config(rows=rows) == config
     plan = plan_slots(batch=batch, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
     assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
 
 
-# The portable kernels for one request, but for one of many heads and many keys; these for every other batch.
+# These for whatever they can take, the portable kernels for float8 and for small pages.
 @pytest.mark.parametrize(
-    ("batch", "rows", "pages", "first"),
+    ("batch", "rows", "page_size", "dtype", "chosen"),
     [
-        (1, 16, 128, "triton"),
-        (1, 16, 2048, "triton"),
-        (1, 128, 128, "triton"),
-        (1, 128, 2048, "hopper"),
-        (16, 16, 16, "hopper"),
-        (128, 128, 128, "hopper"),
+        (1, 16, 64, torch.bfloat16, "hopper"),
+        (128, 128, 16, torch.bfloat16, "hopper"),
+        (128, 128, 8, torch.bfloat16, "triton"),
+        (128, 16, 64, torch.float8_e4m3fn, "triton"),
     ],
 )
-def test_what_is_taken_unasked(batch: int, rows: int, pages: int, first: str) -> None:
-    q, cache = torch.empty((batch, 1, rows, 576), device="meta"), torch.empty((9, 64, 576), device="meta")
+def test_what_is_taken_unasked(batch: int, rows: int, page_size: int, dtype: torch.dtype, chosen: str) -> None:
+    q = torch.empty((batch, 1, rows, 576), device="meta", dtype=torch.bfloat16)
+    cache = torch.empty((9, page_size, 576), device="meta", dtype=dtype)
     _hopper_reason.cache_clear()
     with pretend(H200):
-        found = candidates(q, cache, torch.empty((batch, pages), device="meta"), 0.1, 512, None)
+        found = candidates(q, cache, 0.1, 512, None)
     _hopper_reason.cache_clear()
-    assert next(iter(found)) == first
+    assert next(name for name, reason in found.items() if reason is None) == chosen
     assert list(found)[2] == "reference"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlakit.decode import hopper_schedule
-from mlakit.decode.hopper_config import FEW16, MANY, HopperConfig, plan_slots
+from mlakit.decode.hopper_config import FEW16, MANY, HopperConfig, HopperPlan, plan_slots
 
 
 class _Gluon:
@@ -55,7 +55,7 @@ class _Pointer:
 
 def _in_python() -> dict[str, Any]:
     names: dict[str, Any] = {"gl": _Gluon}
-    for name in ("_add", "_steps_of", "_share_out", "_piece", "_partial_at"):
+    for name in ("_add", "_steps_of", "_load_lens", "_share_out", "_share_out_one", "_piece", "_partial_at"):
         names[name] = types.FunctionType(getattr(hopper_schedule, name).fn.__code__, names)
     return names
 
@@ -63,14 +63,18 @@ def _in_python() -> dict[str, Any]:
 _SCHEDULE = _in_python()
 
 
-def divide(lens: list[int], capacity: int, slots: int, splits: int, config: HopperConfig) -> list[tuple[int, ...]]:
+def divide(lens: list[int], capacity: int, plan: HopperPlan, config: HopperConfig) -> list[tuple[int, ...]]:
     """Every live piece: slot, request, first step, end, number, count, place of its partial result."""
     found = []
     block = max(128, 1 << (len(lens) - 1).bit_length())
-    for slot in range(slots):
-        begin, end, aligned, pieces, share, before = _SCHEDULE["_share_out"](
-            _Pointer(lens), np.int64(slot), slots, len(lens), splits, config.least, capacity, config.step, block
-        )
+    sizes = plan.splits, plan.most_pieces, plan.slot_items, capacity, config.step, config.least
+    for slot in map(np.int64, range(plan.slots)):
+        if len(lens) == 1:
+            shares = _SCHEDULE["_share_out_one"](np.int64(lens[0]), slot, *sizes)
+        else:
+            all_lens = _SCHEDULE["_load_lens"](_Pointer(lens), len(lens), block)
+            shares = _SCHEDULE["_share_out"](*all_lens, slot, plan.slots, len(lens), *sizes)
+        begin, end, aligned, pieces, share, before = shares
         for item in range(int(begin), int(end)):
             request, _, steps, first, last, number, count, base = _SCHEDULE["_piece"](
                 np.int64(item), before, slot, aligned, pieces, share, _Pointer(lens), capacity, config.step
@@ -78,7 +82,7 @@ def divide(lens: list[int], capacity: int, slots: int, splits: int, config: Hopp
             if first < last:
                 place = _SCHEDULE["_partial_at"](base, number, aligned)
                 found.append(tuple(int(x) for x in (slot, request, first, last, number, count, place)))
-            before += steps
+            before = before + steps
     return found
 
 
@@ -88,7 +92,7 @@ def divide(lens: list[int], capacity: int, slots: int, splits: int, config: Hopp
     rows=st.integers(1, 300),
     units=st.integers(1, 200),
     num_splits=st.none() | st.integers(1, 20),
-    config=st.sampled_from([MANY, FEW16, dataclasses.replace(FEW16, least=3)]),
+    config=st.sampled_from([MANY, FEW16, dataclasses.replace(FEW16, least=3, resident=2)]),
     slack=st.integers(0, 9000),
 )
 def test_every_step_is_one_piece_s(
@@ -98,7 +102,7 @@ def test_every_step_is_one_piece_s(
     plan = plan_slots(batch=len(lens), rows=rows, capacity=capacity, units=units, num_splits=num_splits, config=config)
     if plan.slots == 0:
         return  # more row tiles than programs, and split: refused
-    pieces = divide(lens, capacity, plan.slots, plan.splits, config)
+    pieces = divide(lens, capacity, plan, config)
     places = set()
     for request, length in enumerate(lens):
         own = sorted(piece for piece in pieces if piece[1] == request)
@@ -133,7 +137,7 @@ def test_every_step_is_one_piece_s(
 )
 def test_shares(lens: list[int], heads: int, most_steps: int, pieces: int | None) -> None:
     plan = plan_slots(batch=len(lens), rows=heads, capacity=131072, units=132, num_splits=None, config=MANY)
-    found = divide(lens, 131072, plan.slots, plan.splits, MANY)
+    found = divide(lens, 131072, plan, MANY)
     load = [sum(piece[3] - piece[2] for piece in found if piece[0] == slot) for slot in range(plan.slots)]
     assert max(load) <= most_steps
     if pieces is not None:

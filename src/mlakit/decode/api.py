@@ -113,7 +113,7 @@ def _which(
     _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return choose("mla_decode", impl, _WITH_GRADIENT)
-    return choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
+    return choose("mla_decode", impl, candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
 
 
 def _differentiable(

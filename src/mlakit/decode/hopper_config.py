@@ -19,6 +19,7 @@ class HopperConfig:
     tile_rows: int  # query rows a program
     step: int  # keys a step: work is divided in whole ones
     resident: int  # programs a multiprocessor
+    stages: int = 1  # tiles of keys under way (few heads)
     least: int = 1  # steps of a piece, where nobody names a number of pieces
     worker_registers: int = 240  # of the second warpgroup of the kernel for many heads
     max_registers: int = 255
@@ -28,10 +29,21 @@ class HopperConfig:
 class HopperPlan:
     """How many slots a batch gets, in pieces of `splits` a request; 0: as the device finds best."""
 
+    batch: int
     row_tiles: int
     slots: int
     splits: int
     partials: int
+
+    @property
+    def most_pieces(self) -> int:
+        """Pieces a request that there are slots for, or that were asked for."""
+        return self.splits or max(self.slots // self.batch, 1)
+
+    @property
+    def slot_items(self) -> int:
+        """Pieces that a slot takes where each request is cut into so many."""
+        return -(-self.batch * self.most_pieces // max(self.slots, 1))
 
     @property
     def programs(self) -> int:
@@ -52,12 +64,12 @@ def plan_slots(
     if num_splits is not None:
         splits = max(1, min(num_splits, steps))
         if splits > 1:
-            return HopperPlan(row_tiles, min(slots, batch * splits), splits, batch * splits)
-        return HopperPlan(row_tiles, batch, 1, 0)
+            return HopperPlan(batch, row_tiles, min(slots, batch * splits), splits, batch * splits)
+        return HopperPlan(batch, row_tiles, batch, 1, 0)
     if slots * row_tiles < 0.8 * units or steps <= 1:
-        return HopperPlan(row_tiles, batch, 1, 0)  # several waves, and nobody waits for another program
+        return HopperPlan(batch, row_tiles, batch, 1, 0)  # several waves, and nobody waits for another program
     slots = min(slots, batch * steps)
-    return HopperPlan(row_tiles, slots, 0, max(2 * slots, slots // batch * batch))
+    return HopperPlan(batch, row_tiles, slots, 0, max(2 * slots, slots // batch * batch))
 
 
 def refusal(
@@ -78,8 +90,8 @@ def refusal(
     if not softmax_scale > 0:
         return f"needs a positive softmax_scale, got {softmax_scale}"
     pages, page_size, _ = cache.shape
-    if page_size < 64 or page_size & (page_size - 1):
-        return f"needs a page size that is a power of two and at least 64, got {page_size}"
+    if page_size < 16 or page_size & (page_size - 1):
+        return f"needs a page size that is a power of two and at least 16, got {page_size}"
     if pages == 0:
         return "needs at least one page in the cache"
     page_stride, key_stride, _ = cache.stride()
@@ -103,32 +115,16 @@ def refusal(
 
 
 MANY = HopperConfig("many", tile_rows=64, step=128, resident=1)
-FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=2)
-FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2)
-FEW16_SHORT = HopperConfig("few", tile_rows=16, step=64, resident=1)
-# All keys that the tables of a batch can hold, up to which fewer and longer pieces are better.
-_SHORT_KEYS = 32768
-# The same for one request, up to which the portable kernels are faster: they have less code to run through.
-_PORTABLE_KEYS = 16384
+FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=1, stages=2)
+FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=1, stages=2)
 
 
-def choose_config(*, batch: int, rows: int, capacity: int) -> HopperConfig:
-    """The launch configuration for `rows` query rows a request and `capacity` keys in each one's table.
+def choose_config(*, rows: int) -> HopperConfig:
+    """The launch configuration for `rows` query rows a request.
 
-    Measured on an H200, requests x heads x keys, microseconds (docs/kernels.md has all rows). 128x16x8192: FEW16 297.8,
-    FEW16_SHORT 317.7. 16x16x1024: 20.1, 18.9. 128x32x8192: FEW32 305, one program a multiprocessor 352, MANY 314.
+    Measured on an H200, requests x heads x keys, microseconds; two programs a multiprocessor of one tile each beside
+    one of two: 128x16x8192 288.6, 284.4; 16x16x1024 18.2, 17.8; 128x32x8192 294.8, 288.1.
     """
     if rows <= 16:
-        return FEW16_SHORT if batch * capacity <= _SHORT_KEYS else FEW16
+        return FEW16
     return FEW32 if rows <= 32 else MANY
-
-
-def is_faster_than_triton(*, batch: int, rows: int, capacity: int) -> bool:
-    """Were these kernels measured to be faster than the portable ones on inputs like these?
-
-    Everywhere but for one request (H200, microseconds, these and the portable ones): 1x16x8192 17.7 and 15.2,
-    1x16x131072 61.3 and 56.8, 1x128x8192 31.0 and 25.8; but 1x128x131072 86.0 and 151.0.
-    """
-    if batch > 1:
-        return True
-    return rows > 16 and capacity > _PORTABLE_KEYS

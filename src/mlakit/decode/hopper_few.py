@@ -2,8 +2,8 @@
 
 A warpgroup's matrix instruction has 64 rows; 16 heads in them would waste three quarters. So the scores are computed
 transposed, S^T = K Q^T with 64 keys as rows and the query rows as columns, and the output too, O^T = V^T P^T with 512
-rows. Nothing is padded, the accumulator is small, and the memory system is the limit: two programs a
-multiprocessor, each with one tile of keys, keep it busy without speaking to one another.
+rows. Nothing is padded, the accumulator is small, and the memory system is the limit: while one tile of keys is
+computed with, the next is on its way.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -23,37 +23,53 @@ from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
     _barrier,
-    _leave,
-    _merge_chunks,
-    _merge_rows,
+    _copy_tile,
+    _fetch_into_l2,
+    _merge,
+    _row_at,
     _same_for_warp,
-    _tile_row,
+    _tile_rows,
+    _uniform,
     _zero_tail,
 )
-from mlakit.decode.hopper_schedule import _partial_at, _piece, _share_out
+from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
 
 
 @gluon.jit
-def _fill_left(k_desc, r_desc, row, keys, rope, full, wanted):
+def _fill_left(k_desc, r_desc, page_rows, keys, rope, full, wanted, PAGE: gl.constexpr):
     mbarrier.expect(full, 64 * (256 + 64) * 2, pred=wanted)
-    tma.async_copy_global_to_shared(k_desc, [row, 0], full, keys, pred=wanted)
-    tma.async_copy_global_to_shared(r_desc, [row, 512], full, rope, pred=wanted)
+    _copy_tile(k_desc, page_rows, 0, keys, full, wanted, PAGE)
+    _copy_tile(r_desc, page_rows, 512, rope, full, wanted, PAGE)
 
 
 @gluon.jit
-def _fill_right(k_desc, row, keys, full, wanted):
+def _fill_right(k_desc, page_rows, keys, full, wanted, PAGE: gl.constexpr):
     mbarrier.expect(full, 64 * 256 * 2, pred=wanted)
-    tma.async_copy_global_to_shared(k_desc, [row, 256], full, keys, pred=wanted)
+    _copy_tile(k_desc, page_rows, 256, keys, full, wanted, PAGE)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(do_not_specialize=["stride_tb", "batch", "q_len", "heads", "capacity", "slots", "splits", "least", "zero"])
+@gluon.jit(
+    do_not_specialize=[
+        "stride_tb",
+        "batch",
+        "q_len",
+        "heads",
+        "capacity",
+        "slots",
+        "splits",
+        "most_pieces",
+        "slot_items",
+        "zero",
+    ]
+)
 def _mla_decode_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
-    batch, q_len, heads, capacity, slots, splits, least, zero,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_R: gl.constexpr,
+    batch, q_len, heads, capacity, slots, splits, most_pieces, slot_items, zero,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr,
+    BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
     LN2: gl.constexpr = 0.6931471805599453
@@ -63,25 +79,37 @@ def _mla_decode_few_kernel(
     of_key: gl.constexpr = gl.SliceLayout(1, product)
     of_row: gl.constexpr = gl.SliceLayout(0, product)
     slot = gl.program_id(0)
-    begin, end, aligned, pieces, share, start_before = _share_out(
-        seq_lens_ptr, slot, slots, batch, splits, least, capacity, 64, BLOCK_B
-    )
+    if BLOCK_B == 1:
+        length_of_all = gl.load(seq_lens_ptr)
+        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
+    else:
+        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
     queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_R, 256], matrix)
     q_rope = gl.allocate_shared_memory(DTYPE, [1, BLOCK_R, 64], matrix)
-    keys = gl.allocate_shared_memory(DTYPE, [2, 64, 256], matrix)
-    rope = gl.allocate_shared_memory(DTYPE, [1, 64, 64], matrix)
+    keys = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 64, 256], matrix)
+    ropes = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], matrix)
     weights = gl.allocate_shared_memory(DTYPE, [1, 64, BLOCK_R], narrow)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full.index(0), count=1)
-    mbarrier.init(full.index(1), count=1)
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(full.index(i), count=1)
     mbarrier.init(full_q, count=1)
     fence_async_shared()
     _barrier()
+    if BLOCK_B == 1:
+        begin, end, aligned, pieces, share, start_before = _share_out_one(
+            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 64, LEAST
+        )
+    else:
+        begin, end, aligned, pieces, share, start_before = _share_out(
+            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST
+        )
     rows = q_len * heads
     key = gl.arange(0, 64, of_key)
     row = gl.arange(0, BLOCK_R, of_row)
-    col = gl.arange(0, 256, of_key)
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    out_row = gl.arange(0, BLOCK_R, gl.SliceLayout(1, plain))
+    out_col = gl.arange(0, 256, gl.SliceLayout(0, plain))
     passed = slot * 0
     done = slot * 0
     before = start_before
@@ -90,18 +118,21 @@ def _mla_decode_few_kernel(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
         )
         if first < last:
-            valid = gl.minimum(length, capacity)
-            last_tile = (valid - 1) // 64
-            table = table_ptr + request.to(gl.int64) * stride_tb
-            now = _tile_row(table, first, last_tile, PAGE, 64)
-            next_row = _tile_row(table, first + 1, last_tile, PAGE, 64)
-            yes = first < last
             mbarrier.expect(full_q, BLOCK_R * 576 * 2)
             tma.async_copy_global_to_shared(q_desc, [request * rows, 0], full_q, queries.index(0))
             tma.async_copy_global_to_shared(q_desc, [request * rows, 256], full_q, queries.index(1))
             tma.async_copy_global_to_shared(q_rope_desc, [request * rows, 512], full_q, q_rope.index(0))
-            _fill_left(k_desc, r_desc, now, keys.index(0), rope.index(0), full.index(0), yes)
-            _fill_right(k_desc, now, keys.index(1), full.index(1), yes)
+            valid = gl.minimum(length, capacity)
+            last_key = valid - 1
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            for i in gl.static_range(STAGES):
+                now = _tile_rows(table, first + i, last_key, PAGE)
+                stage = (passed + i) % STAGES
+                left_full, right_full = full.index(2 * stage), full.index(2 * stage + 1)
+                wanted = first + i < last
+                _fill_left(k_desc, r_desc, now, keys.index(2 * stage), ropes.index(stage), left_full, wanted, PAGE)
+                _fill_right(k_desc, now, keys.index(2 * stage + 1), right_full, wanted, PAGE)
+            next_row = _tile_rows(table, first + STAGES, last_key, PAGE)
             if CAUSAL:
                 sight = valid - q_len + 1 + row // heads
                 shortest = valid - q_len + 1
@@ -114,25 +145,31 @@ def _mla_decode_few_kernel(
             o_right = gl.zeros([256, BLOCK_R], gl.float32, product)
             mbarrier.wait(full_q, done & 1)
             for step in range(first, last):
-                phase = passed & 1
+                stage = passed % STAGES
+                phase = passed // STAGES & 1
                 passed += 1
                 z = _same_for_warp(step * zero)
                 at = step * 64
-                more = step + 1 < last
-                then_row = _tile_row(table, step + 2, last_tile, PAGE, 64)
-                left = keys.index(z)
-                right = keys.index(z + 1)
-                mbarrier.wait(full.index(0), phase)
+                more = step + STAGES < last
+                then_row = _tile_rows(table, step + STAGES + 1, last_key, PAGE)
+                if STAGES == 1:
+                    left, right, rope = keys.index(z), keys.index(z + 1), ropes.index(z)
+                else:
+                    at_stage = _same_for_warp(step * zero + stage)
+                    left, right, rope = keys.index(2 * at_stage), keys.index(2 * at_stage + 1), ropes.index(at_stage)
+                left_full = full.index(2 * stage)
+                right_full = full.index(2 * stage + 1)
+                mbarrier.wait(left_full, phase)
                 if at + 64 > valid:
-                    mbarrier.wait(full.index(1), phase)
+                    mbarrier.wait(right_full, phase)
                     _zero_tail(left, valid - at)
                     _zero_tail(right, valid - at)
                     fence_async_shared()
                     _barrier()
                 s = gl.zeros([64, BLOCK_R], gl.float32, product)
                 s = warpgroup_mma(left, queries.index(z).permute((1, 0)), s, use_acc=False, is_async=True)
-                s = warpgroup_mma(rope.index(z), q_rope.index(z).permute((1, 0)), s, is_async=True)
-                mbarrier.wait(full.index(1), phase)
+                s = warpgroup_mma(rope, q_rope.index(z).permute((1, 0)), s, is_async=True)
+                mbarrier.wait(right_full, phase)
                 s = warpgroup_mma(right, queries.index(z + 1).permute((1, 0)), s, is_async=True)
                 s = warpgroup_mma_wait(0, [s])
                 if at + 64 > shortest:
@@ -154,10 +191,10 @@ def _mla_decode_few_kernel(
                 o_right = warpgroup_mma(right.permute((1, 0)), weights.index(z), o_right, is_async=True)
                 o_left = warpgroup_mma_wait(1, [o_left])
                 _barrier()
-                _fill_left(k_desc, r_desc, next_row, keys.index(0), rope.index(0), full.index(0), more)
+                _fill_left(k_desc, r_desc, next_row, left, rope, left_full, more, PAGE)
                 o_right = warpgroup_mma_wait(0, [o_right])
                 _barrier()
-                _fill_right(k_desc, next_row, keys.index(1), full.index(1), more)
+                _fill_right(k_desc, next_row, right, right_full, more, PAGE)
                 next_row = then_row
             done += 1
             total = gl.sum(l, 0)
@@ -168,20 +205,31 @@ def _mla_decode_few_kernel(
             lse = gl.where(total == 0.0, -float("inf"), m + gl.log2(total))
             o_left = o_left * inverse[None, :]
             o_right = o_right * inverse[None, :]
+            # Through the keys' memory, so that rows are written whole.
+            wide_left = keys.index(0).slice(0, BLOCK_R, 0)
+            wide_right = keys.index(1).slice(0, BLOCK_R, 0)
+            wide_left.permute((1, 0)).store(o_left.to(DTYPE))
+            wide_right.permute((1, 0)).store(o_right.to(DTYPE))
+            _barrier()
+            left_part = wide_left.load(plain)
+            right_part = wide_right.load(plain)
+            fence_async_shared()
+            live = (out_row < rows)[:, None]
             if count > 1:
                 place = _partial_at(base, number, aligned)
-                part = partial_ptr + place.to(gl.int64) * (BLOCK_R * 512) + (row * 512)[None, :] + col[:, None]
-                gl.store(part, o_left)
-                gl.store(part + 256, o_right)
+                part = partial_ptr + place.to(gl.int64) * (BLOCK_R * 512) + (out_row * 512)[:, None] + out_col[None, :]
+                gl.store(part, left_part, mask=live)
+                gl.store(part + 256, right_part, mask=live)
                 gl.store(partial_lse_ptr + place * BLOCK_R + row, lse)
-                _arrive(counter_ptr + request)
+                _arrive(counter_ptr + request, number == 0, count)
             else:
-                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
-                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[None, :] + col[:, None]
-                gl.store(result, o_left.to(DTYPE), mask=(row < rows)[None, :])
-                gl.store(result + 256, o_right.to(DTYPE), mask=(row < rows)[None, :])
+                at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
+                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
+                gl.store(result, left_part, mask=live)
+                gl.store(result + 256, right_part, mask=live)
                 natural = gl.where(length > capacity, float("nan"), lse * LN2)
                 gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
+                _barrier()
         before += steps
 
     # Requests without keys: nobody's pieces.
@@ -189,13 +237,12 @@ def _mla_decode_few_kernel(
         request = slot * 0 + other  # a tensor, also to the type checker
         length = gl.load(seq_lens_ptr + request)
         if gl.minimum(length, capacity) <= 0:
-            plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-            out_row = gl.arange(0, BLOCK_R, gl.SliceLayout(1, plain))
-            out_col = gl.arange(0, 512, gl.SliceLayout(0, plain))
-            at_row = (out_row // heads).to(gl.int64) * stride_os + (out_row % heads).to(gl.int64) * stride_oh
+            at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
             result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
             nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
-            gl.store(result, gl.zeros([BLOCK_R, 512], DTYPE, plain) + nothing, mask=(out_row < rows)[:, None])
+            zeros = gl.zeros([BLOCK_R, 256], DTYPE, plain) + nothing
+            gl.store(result, zeros, mask=(out_row < rows)[:, None])
+            gl.store(result + 256, zeros, mask=(out_row < rows)[:, None])
             nothing = gl.where(length > capacity, float("nan"), -float("inf"))
             nothing += gl.zeros([BLOCK_R], gl.float32, of_row)
             gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
@@ -207,43 +254,44 @@ def _mla_decode_few_kernel(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
         )
         if (first < last) & (count > 1):
-            counter = counter_ptr + request
-            _await(counter, count)
+            _await(counter_ptr + request)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
             too_long = length > capacity
             tile = slot * 0
-            row_begin = number * BLOCK_R // count
-            row_end = (number + 1) * BLOCK_R // count
             if count <= 2:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, FLAT,
                 )  # fmt: skip
             elif count <= 4:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, FLAT,
                 )  # fmt: skip
             elif count <= 8:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, FLAT,
                 )  # fmt: skip
             elif count <= 16:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, tile, 1, row_begin,
-                    row_end, rows, heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, FLAT,
                 )  # fmt: skip
             elif count <= 32:
-                _merge_chunks(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
-                    stride_os, stride_oh, too_long, 32, 256, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, FLAT,
+                )  # fmt: skip
+            elif count <= 64:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, FLAT,
                 )  # fmt: skip
             else:
-                _merge_chunks(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, rows, heads,
-                    stride_os, stride_oh, too_long, 64, 128, BLOCK_R,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, FLAT,
                 )  # fmt: skip
-            _leave(counter, count)
         before += steps

@@ -104,7 +104,7 @@ def _launch_hopper_decode(
     known = _LAUNCHES.get(key)
     if known is None:
         capacity = block_table.shape[1] * page_size
-        chosen = config or choose_config(batch=batch, rows=rows, capacity=capacity)
+        chosen = config or choose_config(rows=rows)
         plan = plan_slots(
             batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
             config=chosen,
@@ -112,12 +112,15 @@ def _launch_hopper_decode(
     else:
         kernel, chosen, plan, rest = known
     tile_rows = chosen.tile_rows
-    partial, partial_lse, counters = lse, lse, seq_lens  # never touched if nothing is split
+    partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
     if plan.partials:
-        partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=torch.float32, device=device)
+        partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=q.dtype, device=device)
         partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)
         counters = _counters(device, batch * plan.row_tiles)
-    keys = _descriptor(k_matrix, [64, RANK // 2]), _descriptor(k_matrix, [64, ROPE])
+    if page_size < 64:  # a box for each page, and as wide as the swizzled rows of shared memory
+        keys = (_descriptor(k_matrix, [page_size, ROPE]),) * 2
+    else:
+        keys = _descriptor(k_matrix, [64, RANK // 2]), _descriptor(k_matrix, [64, ROPE])
     tensors = block_table, seq_lens, out, lse, partial, partial_lse, counters
     arguments: tuple[Any, ...]
     if chosen.kernel == "many":
@@ -135,12 +138,15 @@ def _launch_hopper_decode(
     numbers: tuple[Any, ...] = (
         softmax_scale * LOG2E, block_table.stride(0), *out.stride()[:3], batch, q_len, heads, capacity,
     )  # fmt: skip
-    numbers += ((plan.row_tiles,) if chosen.kernel == "many" else ()) + (plan.slots, plan.splits, chosen.least, 0)
-    constants: tuple[Any, ...] = (causal and q_len > 1, page_size, max(128, triton.next_power_of_2(batch)))
+    numbers += (plan.row_tiles,) if chosen.kernel == "many" else ()
+    numbers += (plan.slots, plan.splits, plan.most_pieces, plan.slot_items, 0)
+    evenly_spaced = q_len == 1 or out.stride(1) == heads * out.stride(2)
+    requests = 1 if batch == 1 else max(128, triton.next_power_of_2(batch))
+    constants: tuple[Any, ...] = (causal and q_len > 1, evenly_spaced, page_size, requests, chosen.least)
     if chosen.kernel == "many":
         function, constants = _mla_decode_many_kernel, (*constants, chosen.worker_registers)
     else:
-        function, constants = _mla_decode_few_kernel, (*constants, tile_rows)
+        function, constants = _mla_decode_few_kernel, (*constants, tile_rows, chosen.stages)
     grid = (plan.programs, 1, 1)
     # Cooperative where programs wait for one another: all of them must be resident.
     options = {

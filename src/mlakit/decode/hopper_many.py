@@ -31,26 +31,31 @@ from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
     _barrier,
-    _leave,
-    _merge_rows,
+    _copy_tile,
+    _fetch_into_l2,
+    _merge,
+    _row_at,
     _same_for_warp,
-    _tile_row,
+    _tile_rows,
+    _uniform,
     _zero_tail,
 )
-from mlakit.decode.hopper_schedule import _partial_at, _piece, _share_out
+from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
 
 
 @gluon.jit
-def _fill_half(k_desc, row, keys, full, HALF: gl.constexpr, wanted):
+def _fill_half(k_desc, page_rows, keys, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr):
     mbarrier.expect(full, 64 * 256 * 2, pred=wanted)
-    tma.async_copy_global_to_shared(k_desc, [row, HALF * 256], full, keys, pred=wanted)
+    _copy_tile(k_desc, page_rows, HALF * 256, keys, full, wanted, PAGE)
 
 
 @gluon.jit
-def _fill_half_and_rope(k_desc, r_desc, row, keys, rope, full, HALF: gl.constexpr, wanted):
+def _fill_half_and_rope(
+    k_desc, r_desc, page_rows, keys, rope, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr
+):  # fmt: skip
     mbarrier.expect(full, 64 * (256 + 64) * 2, pred=wanted)
-    tma.async_copy_global_to_shared(k_desc, [row, HALF * 256], full, keys, pred=wanted)
-    tma.async_copy_global_to_shared(r_desc, [row, 512], full, rope, pred=wanted)
+    _copy_tile(k_desc, page_rows, HALF * 256, keys, full, wanted, PAGE)
+    _copy_tile(r_desc, page_rows, 512, rope, full, wanted, PAGE)
 
 
 @gluon.jit
@@ -99,7 +104,7 @@ def _attend(
     partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
     queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = k_desc.dtype
@@ -124,25 +129,26 @@ def _attend(
             # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows
             # from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
             own_tile = tile + (length < 0).to(gl.int32)
-            valid = gl.minimum(length, capacity)
-            last_tile = (valid - 1) // 64
-            table = table_ptr + request.to(gl.int64) * stride_tb
-            row_a = _tile_row(table, 2 * first, last_tile, PAGE, 64)
-            row_b = _tile_row(table, 2 * first + 1, last_tile, PAGE, 64)
             q_row = request * rows + own_tile * 64
             live = gl.minimum(rows - own_tile * 64, 64)
-            yes = first < last
             if W == 0:
                 mbarrier.expect(full_q, 64 * 512 * 2)
                 tma.async_copy_global_to_shared(q_desc, [q_row, 0], full_q, queries.index(0))
                 tma.async_copy_global_to_shared(q_desc, [q_row, 256], full_q, queries.index(1))
-                _fill_half_and_rope(k_desc, r_desc, row_a, keys.index(0), ropes.index(0), full.index(0), 0, yes)
-                _fill_half(k_desc, row_b, keys.index(2), full.index(2), 0, yes)
+            valid = gl.minimum(length, capacity)
+            last_key = valid - 1
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            row_a = _tile_rows(table, 2 * first, last_key, PAGE)
+            row_b = _tile_rows(table, 2 * first + 1, last_key, PAGE)
+            yes = first < last
+            if W == 0:
+                _fill_half_and_rope(k_desc, r_desc, row_a, keys.index(0), ropes.index(0), full.index(0), 0, yes, PAGE)
+                _fill_half(k_desc, row_b, keys.index(2), full.index(2), 0, yes, PAGE)
             else:
-                _fill_half_and_rope(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, yes)
-                _fill_half(k_desc, row_a, keys.index(1), full.index(1), 1, yes)
-            next_a = _tile_row(table, 2 * first + 2, last_tile, PAGE, 64)
-            next_b = _tile_row(table, 2 * first + 3, last_tile, PAGE, 64)
+                _fill_half_and_rope(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, yes, PAGE)
+                _fill_half(k_desc, row_a, keys.index(1), full.index(1), 1, yes, PAGE)
+            next_a = _tile_rows(table, 2 * first + 2, last_key, PAGE)
+            next_b = _tile_rows(table, 2 * first + 3, last_key, PAGE)
             q_rope = _load_rope_of_queries(q_ptr, q_row, live, score)
             if CAUSAL:
                 sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
@@ -160,8 +166,8 @@ def _attend(
                 z = _same_for_warp(pair * zero)
                 at = pair * 128
                 more = pair + 1 < last
-                then_a = _tile_row(table, 2 * pair + 4, last_tile, PAGE, 64)
-                then_b = _tile_row(table, 2 * pair + 5, last_tile, PAGE, 64)
+                then_a = _tile_rows(table, 2 * pair + 4, last_key, PAGE)
+                then_b = _tile_rows(table, 2 * pair + 5, last_key, PAGE)
                 k_al = keys.index(z)
                 k_ar = keys.index(z + 1)
                 k_bl = keys.index(z + 2)
@@ -204,13 +210,15 @@ def _attend(
                     l = l * later
                     o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
-                    _fill_half_and_rope(k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more)
+                    _fill_half_and_rope(
+                        k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more, PAGE
+                    )
                     o = o * gl.convert_layout(later, of_out_row)[:, None]
                     mbarrier.wait(told_p.index(1), phase)
                     o = warpgroup_mma(weights.index(1), k_bl, o, is_async=True)
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
-                    _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more)
+                    _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more, PAGE)
                 else:
                     s = _scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1)
                     if at + 128 > shortest:
@@ -239,10 +247,12 @@ def _attend(
                     o = warpgroup_mma(weights.index(0), k_ar, o, is_async=True)
                     o, own = warpgroup_mma_wait(1, [o, own])
                     _barrier()
-                    _fill_half_and_rope(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more)
+                    _fill_half_and_rope(
+                        k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more, PAGE
+                    )
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
-                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more)
+                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more, PAGE)
                 next_a = then_a
                 next_b = then_b
 
@@ -256,25 +266,33 @@ def _attend(
             inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
             inverse = gl.where(length > capacity, float("nan"), inverse)
             o = o * gl.convert_layout(inverse, of_out_row)[:, None]
-            out_row = gl.arange(0, 64, of_out_row)
-            out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, output))
+            # Through the keys' memory, a part that this warpgroup alone has read, so that rows are written whole.
+            wide = keys.index(3 * W)
+            wide.store(o.to(DTYPE))
+            _barrier()
+            plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+            o_part = wide.load(plain)
+            fence_async_shared()
+            out_row = gl.arange(0, 64, gl.SliceLayout(1, plain))
+            out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, plain))
+            row = own_tile * 64 + out_row
             if count > 1:
                 place = _partial_at(base, number, aligned) * row_tiles + own_tile
                 part = partial_ptr + place.to(gl.int64) * (64 * 512)
-                gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o)
+                gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
                 if W == 0:
                     gl.store(partial_lse_ptr + place * 64 + local, gl.where(l == 0.0, -float("inf"), m + gl.log2(l)))
-                _arrive(counter_ptr + request * row_tiles + own_tile)
+                _arrive(counter_ptr + request * row_tiles + own_tile, (number == 0) & (W == 0), 2 * count)
             else:
-                row = own_tile * 64 + out_row
-                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
                 result = out_ptr + request.to(gl.int64) * stride_ob
-                gl.store(result + at_row[:, None] + out_col[None, :], o.to(DTYPE), mask=(row < rows)[:, None])
+                gl.store(result + at_row[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
                 if W == 0:
                     natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
                     natural = gl.where(length > capacity, float("nan"), natural)
-                    row = own_tile * 64 + local
-                    gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
+                    lse_row = own_tile * 64 + local
+                    gl.store(lse_ptr + request.to(gl.int64) * rows + lse_row, natural, mask=lse_row < rows)
+                _barrier()
         before += steps
 
     # Requests without keys: nobody's pieces.
@@ -286,7 +304,7 @@ def _attend(
                 plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
                 row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
                 col = gl.arange(0, 512, gl.SliceLayout(0, plain))
-                at_row = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
+                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
                 result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + col[None, :]
                 nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
                 gl.store(result, gl.zeros([64, 512], DTYPE, plain) + nothing, mask=(row < rows)[:, None])
@@ -303,50 +321,51 @@ def _attend(
         )
         if (first < last) & (count > 1):
             own_tile = tile + (length < 0).to(gl.int32)
-            counter = counter_ptr + request * row_tiles + own_tile
-            _await(counter, 2 * count)
-            row_begin = number * 64 // count
-            row_end = (number + 1) * 64 // count
+            _await(counter_ptr + request * row_tiles + own_tile)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
             too_long = length > capacity
             if count <= 2:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
-                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 2, 16, 64,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 2, 32, 256, 64, FLAT,
                 )  # fmt: skip
             elif count <= 4:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
-                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 4, 8, 64,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 4, 16, 256, 64, FLAT,
                 )  # fmt: skip
             elif count <= 8:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
-                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 8, 4, 64,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 8, 8, 256, 64, FLAT,
                 )  # fmt: skip
             elif count <= 16:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
-                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 16, 2, 64,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 16, 4, 256, 64, FLAT,
+                )  # fmt: skip
+            elif count <= 32:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 32, 2, 256, 64, FLAT,
                 )  # fmt: skip
             else:
-                _merge_rows(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, own_tile, row_tiles,
-                    row_begin, row_end, rows, heads, stride_os, stride_oh, too_long, W, 256, 32, 1, 64,
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 64, 1, 256, 64, FLAT,
                 )  # fmt: skip
-            _leave(counter, 2 * count)
         before += steps
 
 
 @gluon.jit
-def _left(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr):
-    _attend(0, *args, CAUSAL, PAGE)
+def _left(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
+    _attend(0, *args, CAUSAL, FLAT, PAGE)
 
 
 @gluon.jit
-def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr):
-    _attend(1, *args, CAUSAL, PAGE)
+def _right(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
+    _attend(1, *args, CAUSAL, FLAT, PAGE)
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -360,7 +379,8 @@ def _right(args, CAUSAL: gl.constexpr, PAGE: gl.constexpr):
         "row_tiles",
         "slots",
         "splits",
-        "least",
+        "most_pieces",
+        "slot_items",
         "zero",
     ]
 )
@@ -368,10 +388,16 @@ def _mla_decode_many_kernel(
     q_desc, k_desc, r_desc,
     q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
     scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
-    batch, q_len, heads, capacity, row_tiles, slots, splits, least, zero,
-    CAUSAL: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    batch, q_len, heads, capacity, row_tiles, slots, splits, most_pieces, slot_items, zero,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
+    if BLOCK_B == 1:
+        length_of_all = gl.load(seq_lens_ptr)
+        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
+    else:
+        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -398,9 +424,14 @@ def _mla_decode_many_kernel(
     mbarrier.init(told_m, count=1)
     mbarrier.init(told_s, count=1)
     fence_async_shared()
-    begin, end, aligned, pieces, share, before = _share_out(
-        seq_lens_ptr, slot, slots, batch, splits, least, capacity, 128, BLOCK_B
-    )
+    if BLOCK_B == 1:
+        begin, end, aligned, pieces, share, before = _share_out_one(
+            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 128, LEAST
+        )
+    else:
+        begin, end, aligned, pieces, share, before = _share_out(
+            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST
+        )
     args = (
         q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
         partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
@@ -409,8 +440,8 @@ def _mla_decode_many_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_left, (args, CAUSAL, PAGE)),
-            (_right, (args, CAUSAL, PAGE)),
+            (_left, (args, CAUSAL, FLAT, PAGE)),
+            (_right, (args, CAUSAL, FLAT, PAGE)),
         ],
         [4],
         [WORKER_REGISTERS],

@@ -29,34 +29,62 @@ def _steps_of(length, capacity, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _share_out(
-    seq_lens_ptr, slot, slots, batch, splits, least, capacity, STEP: gl.constexpr, BLOCK_B: gl.constexpr
-):  # fmt: skip
-    """This slot's items and how to read them (`_piece`): items [begin, end), aligned, pieces a request, steps a slot,
-    steps before the first item's request. No piece is smaller than `least` steps but where `splits` says so, or at the
-    end of a request.
-    """
-    # Every warp has all requests: no barrier, and sums that the compiler knows to be the same for all threads.
+def _load_lens(seq_lens_ptr, batch, BLOCK_B: gl.constexpr):
+    """The lengths of all requests, in every warp: sums over them then need no barrier."""
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [4], [0])
     requests = gl.arange(0, BLOCK_B, layout)
-    steps = _steps_of(gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0), capacity, STEP)
+    return requests, gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0)
+
+
+@gluon.jit
+def _share_out(
+    requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity,
+    STEP: gl.constexpr, LEAST: gl.constexpr,
+):  # fmt: skip
+    """This slot's items and how to read them (`_piece`): items [begin, end), aligned, pieces a request, steps a slot,
+    steps before the first item's request. No piece is smaller than LEAST steps but where `splits` says so, or at the
+    end of a request. What the host knows it need not divide here: `most_pieces`, the pieces a request that there are
+    slots for, and `slot_items`, the items a slot then takes.
+    """
+    steps = _steps_of(lens, capacity, STEP)
     total = gl.sum(steps, 0)
     longest = gl.max(steps, 0)
-    share = gl.maximum(gl.cdiv(total, slots), least)
-    pieces = gl.where(splits > 0, splits, gl.maximum(gl.minimum(slots // batch, longest // least), 1))
-    items = gl.cdiv(batch * pieces, slots)
+    share = gl.maximum(gl.cdiv(total, slots), LEAST)
+    pieces = gl.maximum(gl.minimum(most_pieces, longest // LEAST), 1)
+    longest_piece = gl.cdiv(longest, pieces)
+    if splits == 0:  # no more pieces than make the longest so short
+        pieces = gl.maximum(gl.cdiv(longest, gl.maximum(longest_piece, 1)), 1)
+    else:
+        pieces = splits
     # Up to a sixteenth and one step longer than a perfect balance: to start and merge one more piece costs as much.
-    aligned = (splits > 0) | (items * gl.cdiv(longest, pieces) * 16 <= share * 17 + 16)
-    ends = gl.associative_scan(steps, 0, _add)
-    first_step = slot * share
-    end_step = gl.minimum(first_step + share, total)
-    first = gl.sum(gl.where(ends <= first_step, 1, 0), 0)
-    last = gl.sum(gl.where(ends < end_step, 1, 0), 0)
-    before = gl.sum(gl.where(requests < first, steps, 0), 0)
-    begin = gl.where(aligned, slot * items, first)
-    end = gl.where(aligned, gl.minimum(slot * items + items, batch * pieces), last + 1)
-    end = gl.where(aligned | (first_step < end_step), end, begin)
-    return begin, end, gl.where(aligned, 1, 0), pieces, share, before
+    fits = (splits > 0) | (slot_items * longest_piece * 16 <= share * 17 + 16)
+    aligned = gl.where(fits, 1, 0)
+    begin = slot * slot_items
+    end = gl.minimum(begin + slot_items, batch * pieces)
+    before = slot * 0
+    if aligned == 0:
+        ends = gl.associative_scan(steps, 0, _add)
+        first_step = slot * share
+        end_step = gl.minimum(first_step + share, total)
+        begin = gl.sum(gl.where(ends <= first_step, 1, 0), 0)
+        last = gl.sum(gl.where(ends < end_step, 1, 0), 0)
+        before = gl.sum(gl.where(requests < begin, steps, 0), 0)
+        end = gl.where(first_step < end_step, last + 1, begin)
+    return begin, end, aligned, pieces, share, before
+
+
+@gluon.jit
+def _share_out_one(length, slot, splits, most_pieces, slot_items, capacity, STEP: gl.constexpr, LEAST: gl.constexpr):
+    """`_share_out` for a batch of one request: the same without sums."""
+    steps = _steps_of(length, capacity, STEP)
+    pieces = gl.maximum(gl.minimum(most_pieces, steps // LEAST), 1)
+    longest_piece = gl.maximum(gl.cdiv(steps, pieces), 1)
+    if splits == 0:
+        pieces = gl.maximum(gl.cdiv(steps, longest_piece), 1)
+    else:
+        pieces = splits
+    begin = slot * slot_items
+    return begin, gl.minimum(begin + slot_items, pieces), slot * 0 + 1, pieces, longest_piece, slot * 0
 
 
 @gluon.jit
@@ -71,7 +99,7 @@ def _piece(item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, S
     steps = _steps_of(length, capacity, STEP)
     if aligned != 0:
         count = gl.maximum(gl.minimum(pieces, steps), 1)
-        number = item % pieces
+        number = item - request * pieces
         first = number * steps // count
         end = gl.where(number < count, (number + 1) * steps // count, first)
         base = request * pieces

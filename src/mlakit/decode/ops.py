@@ -66,7 +66,7 @@ def decode_out(
 ) -> torch.Tensor:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
-    chosen = choose("mla_decode", impl, candidates(q, cache, block_table, softmax_scale, kv_lora_rank, num_splits))
+    chosen = choose("mla_decode", impl, candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
     if chosen == "reference":
         result, lse = mla_decode_reference(
             q,
@@ -119,7 +119,6 @@ def decode_out(
 def candidates(
     q: torch.Tensor,
     cache: torch.Tensor,
-    block_table: torch.Tensor,
     softmax_scale: float,
     kv_lora_rank: int,
     num_splits: int | None,
@@ -133,10 +132,7 @@ def candidates(
     )
     if q.device.type == "cpu":  # there Triton can only be interpreted, which is for tests
         return {"reference": None, "triton": triton, "hopper": hopper}
-    capacity = block_table.shape[1] * cache.shape[1]
-    if hopper_config.is_faster_than_triton(batch=q.shape[0], rows=q.shape[1] * q.shape[2], capacity=capacity):
-        return {"hopper": hopper, "triton": triton, "reference": None}
-    return {"triton": triton, "hopper": hopper, "reference": None}
+    return {"hopper": hopper, "triton": triton, "reference": None}
 
 
 @lru_cache
