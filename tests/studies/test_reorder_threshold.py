@@ -70,12 +70,14 @@ def test_a_curve_to_and_fro_gets_all_powers_of_two():
 
 @pytest.mark.parametrize(
     ("decode", "prefill", "longest", "asked"),
-    # Nowhere to cross; one length; what cannot run at all; decode that runs out of memory has lost, wherever that is.
+    # Nowhere to cross; one length; what cannot run at all, or not half-way, where no more can be known; decode that
+    # runs out of memory has lost, wherever that is.
     [
         (lambda q: 1, lambda q: 2, 1024, [1, 4, 16, 64, 256, 1024]),
         (lambda q: 2, lambda q: 1, 100, [1, 4, 16, 64, 100]),
         (lambda q: 1, lambda q: 2, 1, [1]),
         (lambda q: None, lambda q: None, 16, [1, 4, 16]),
+        (lambda q: {1: 1, 4: 1, 16: 3}.get(q), lambda q: None if q == 8 else 2, 16, [1, 4, 16, 8]),
         (lambda q: 1 if q < 12 else None, lambda q: 2, 16, [1, 4, 16, 8, 11, 13, 12]),
     ],
 )

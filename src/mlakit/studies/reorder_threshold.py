@@ -102,7 +102,9 @@ def _between(points: dict[int, Point], resolution: float) -> int | None:
     for low, high in pairwise(known):
         apart = high.q_len - low.q_len
         if low.verdict != high.verdict and apart > max(1.0, resolution * low.q_len):
-            return min(max(round(sqrt(low.q_len * high.q_len)), low.q_len + 1), high.q_len - 1)
+            middle = min(max(round(sqrt(low.q_len * high.q_len)), low.q_len + 1), high.q_len - 1)
+            if middle not in points:  # where neither pipeline ran, the change is known no better
+                return middle
     return None
 
 
