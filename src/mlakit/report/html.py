@@ -14,7 +14,9 @@ from mlakit.report.circumstances import Column, brief, environments, warnings
 from mlakit.report.load import LoadedRecord
 from mlakit.report.rows import page_data
 
-_SCRIPTS = ("data.js", "tables.js", "figures.js", "curves.js", "main.js")
+_SCRIPTS = (
+    "data.js", "tables.js", "figures.js", "compare.js", "roofline.js", "curves.js", "maps.js", "main.js",
+)  # fmt: skip
 
 
 class MissingPackageError(ValueError):

@@ -3,10 +3,12 @@
 const traits = (row) => ({ ...row.settings, ...JOBS[row.job].sizes });
 const isNumber = (value) => typeof value === "number";
 function rest(row, axes) {
-  const job = JOBS[row.job], sizes = { operation: job.operation, model: job.model, device: job.device, ...job.sizes };
+  const job = JOBS[row.job],
+    sizes = { operation: job.operation, model: job.model, device: job.device, ...job.sizes };
   for (const axis of axes) {
     delete sizes[axis];
-    if (axis === "q_len" || axis === "tokens") { // of a prefill, which has as many keys as tokens
+    if (axis === "q_len" || axis === "tokens") {
+      // of a prefill, which has as many keys as tokens
       if (sizes.keys === job.sizes[axis]) delete sizes.keys;
     }
   }
@@ -15,17 +17,22 @@ function rest(row, axes) {
 // What varies: names of numeric traits, those with most values first.
 function axes(rows) {
   const seen = new Map();
-  for (const row of rows) for (const [name, value] of Object.entries(traits(row))) {
-    if (isNumber(value)) seen.set(name, (seen.get(name) ?? new Set()).add(value));
-  }
-  return [...seen].filter(([, values]) => values.size > 1).sort((a, b) => b[1].size - a[1].size).map(([name]) => name);
+  for (const row of rows)
+    for (const [name, value] of Object.entries(traits(row))) {
+      if (isNumber(value)) seen.set(name, (seen.get(name) ?? new Set()).add(value));
+    }
+  return [...seen]
+    .filter(([, values]) => values.size > 1)
+    .sort((a, b) => b[1].size - a[1].size)
+    .map(([name]) => name);
 }
 // Groups of rows that share all but the axes, each with a name; those with most points first.
 function groups(rows, along) {
   const found = new Map();
   for (const row of rows) {
     if (!along.every((axis) => isNumber(traits(row)[axis]))) continue;
-    const left = rest(row, along), key = JSON.stringify(left);
+    const left = rest(row, along),
+      key = JSON.stringify(left);
     if (!found.has(key)) found.set(key, { left, rows: [] });
     found.get(key).rows.push(row);
   }
@@ -35,7 +42,14 @@ function groups(rows, along) {
   const at = (row) => JSON.stringify(along.map((axis) => traits(row)[axis]));
   for (const group of all) {
     const parts = differing.filter((name) => known(group.left[name]) && group.left[name] !== "");
-    group.name = parts.map((name) => (isNumber(group.left[name]) || typeof group.left[name] === "boolean" ? `${words(name)} ${group.left[name]}` : group.left[name])).join(", ") || "all";
+    group.name =
+      parts
+        .map((name) =>
+          isNumber(group.left[name]) || typeof group.left[name] === "boolean"
+            ? `${words(name)} ${group.left[name]}`
+            : group.left[name],
+        )
+        .join(", ") || "all";
     group.points = distinct(group.rows.map(at)).length;
   }
   return all.filter((group) => group.points > 1).sort((a, b) => b.points - a.points);
@@ -45,135 +59,129 @@ const words = (name) => WORDS[name] ?? name.replaceAll("_", " ");
 
 // Fill a select; keeps what was chosen where it is still there.
 function options(id, choices, preferred) {
-  const select = element(id), old = select.value;
+  const select = element(id),
+    old = select.value;
   select.replaceChildren(...choices.map(([value, text]) => make("option", { value, textContent: text })));
   const values = choices.map(([value]) => value);
-  select.value = select.dataset.touched && values.includes(old) ? old : values.includes(preferred) ? preferred : values[0] ?? "";
+  select.value =
+    select.dataset.touched && values.includes(old) ? old : values.includes(preferred) ? preferred : (values[0] ?? "");
   return select.value;
 }
 
 function drawSweep(jobs) {
   const rows = jobs.flatMap(rowsOf).filter((row) => row.time);
-  const possible = axes(rows).map((axis) => [axis, groups(rows, [axis])]).filter(([, found]) => found.length && found[0].points > 2);
+  const possible = axes(rows)
+    .map((axis) => [axis, groups(rows, [axis])])
+    .filter(([, found]) => found.length && found[0].points > 2);
   element("sweep-section").hidden = !possible.length;
   if (!possible.length) return;
   const longest = possible.reduce((a, b) => (b[1][0].points > a[1][0].points ? b : a))[0];
-  const x = options("sweep-x", possible.map(([axis]) => [axis, words(axis)]), longest);
+  const x = options(
+    "sweep-x",
+    possible.map(([axis]) => [axis, words(axis)]),
+    longest,
+  );
   const found = possible.find(([axis]) => axis === x)[1];
-  const where = Number(options("sweep-where", found.map((group, i) => [String(i), group.name]), "0"));
+  const where = Number(
+    options(
+      "sweep-where",
+      found.map((group, i) => [String(i), group.name]),
+      "0",
+    ),
+  );
   element("sweep-where-label").hidden = found.length < 2;
-  const mine = found[where].rows, setting = mine.some((row) => !isNumber(JOBS[row.job].sizes[x]));
+  const mine = found[where].rows,
+    setting = mine.some((row) => !isNumber(JOBS[row.job].sizes[x]));
   // A label that holds the swept value is no curve's name: the backend is, with what else of its settings varies.
-  const others = setting ? distinct(mine.flatMap((row) => Object.keys(row.settings))).filter((name) => name !== x && name !== "backend"
-    && distinct(mine.map((row) => row.settings[name])).length > 1) : [];
-  const name = (row) => (setting ? [row.base, ...others.filter((other) => known(row.settings[other])).map((other) => `${words(other)} ${row.settings[other]}`)].join(", ") : row.backend);
+  const others = setting
+    ? distinct(mine.flatMap((row) => Object.keys(row.settings))).filter(
+        (name) => name !== x && name !== "backend" && distinct(mine.map((row) => row.settings[name])).length > 1,
+      )
+    : [];
+  const name = (row) =>
+    setting
+      ? [
+          row.base,
+          ...others
+            .filter((other) => known(row.settings[other]))
+            .map((other) => `${words(other)} ${row.settings[other]}`),
+        ].join(", ")
+      : row.backend;
   const traces = distinct(mine.map(name)).map((backend) => {
     const points = mine.filter((row) => name(row) === backend).sort((a, b) => traits(a)[x] - traits(b)[x]);
     const { colour, mark } = setting ? lookAt(distinct(mine.map(name)).indexOf(backend)) : look(backend);
-    return { type: "scatter", mode: "lines+markers", name: safe(backend), x: points.map((row) => traits(row)[x]), y: points.map((row) => row.time),
-      line: { color: colour, width: 2 }, marker: { color: colour, symbol: mark, size: 8 }, hovertext: points.map(hover), hoverinfo: "text",
-      error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, visible: points.some((row) => known(row.low)),
-        array: points.map((row) => (known(row.high) ? row.high - row.time : 0)), arrayminus: points.map((row) => (known(row.low) ? row.time - row.low : 0)) } };
+    return {
+      type: "scatter",
+      mode: "lines+markers",
+      name: safe(backend),
+      x: points.map((row) => traits(row)[x]),
+      y: points.map((row) => row.time),
+      line: { color: colour, width: 2 },
+      marker: { color: colour, symbol: mark, size: 8 },
+      hovertext: points.map(hover),
+      hoverinfo: "text",
+      error_y: {
+        type: "data",
+        symmetric: false,
+        thickness: 1.2,
+        width: 3,
+        visible: points.some((row) => known(row.low)),
+        array: points.map((row) => (known(row.high) ? row.high - row.time : 0)),
+        arrayminus: points.map((row) => (known(row.low) ? row.time - row.low : 0)),
+      },
+    };
   });
   const values = distinct(mine.map((row) => traits(row)[x])).sort((a, b) => a - b);
   if (setting) traces.push(...defaults(rows, mine, x, values, name));
   const log = values[0] > 0 && values[values.length - 1] / values[0] >= 8;
   const legend_lines = legendLines(traces);
   const at = apart(values, log, narrow() ? 0.12 : 0.05);
-  plot("sweep", traces, { height: 400 + 22 * legend_lines, margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
-    xaxis: { title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` }, type: log ? "log" : "linear", tickmode: "array", tickvals: at, ticktext: at.map(String) },
-    yaxis: { title: { text: narrow() ? "" : "time (log scale)" }, ...ticks(mine.map((row) => row.time), true, "s") } });
+  plot("sweep", traces, {
+    height: 400 + 22 * legend_lines,
+    margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
+    xaxis: {
+      title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` },
+      type: log ? "log" : "linear",
+      tickmode: "array",
+      tickvals: at,
+      ticktext: at.map(String),
+    },
+    yaxis: {
+      title: { text: narrow() ? "" : "time (log scale)" },
+      ...ticks(
+        mine.map((row) => row.time),
+        true,
+        "s",
+      ),
+    },
+  });
 }
 
 // Of ascending values those whose labels have room beside one another: at least a part of the axis apart.
 function apart(values, log, part) {
-  const place = (value) => (log ? Math.log(value) : value), room = part * (place(values[values.length - 1]) - place(values[0]));
-  return values.reduce((kept, value) => (kept.length && place(value) - place(kept[kept.length - 1]) < room ? kept : [...kept, value]), []);
+  const place = (value) => (log ? Math.log(value) : value),
+    room = part * (place(values[values.length - 1]) - place(values[0]));
+  return values.reduce(
+    (kept, value) => (kept.length && place(value) - place(kept[kept.length - 1]) < room ? kept : [...kept, value]),
+    [],
+  );
 }
 
 // Where a setting has a word for a value ("auto"), its time as a line from end to end.
 function defaults(rows, mine, x, values, name) {
-  const curves = distinct(mine.map(name)), jobs = new Set(mine.map((row) => row.job));
-  const found = rows.filter((row) => jobs.has(row.job) && typeof row.settings[x] === "string" && curves.includes(name(row)));
-  return found.map((row) => ({ type: "scatter", mode: "lines", name: safe(`${name(row)}, ${row.settings[x]}`), x: [values[0], values[values.length - 1]], y: [row.time, row.time],
-    line: { color: lookAt(curves.indexOf(name(row))).colour, width: 1.5, dash: "dot" }, hovertext: [hover(row), hover(row)], hoverinfo: "text" }));
-}
-
-const FASTEST = "\u0000fastest";
-function drawMap(jobs) {
-  const rows = jobs.flatMap(rowsOf).filter((row) => row.time && isNumber(row.time));
-  const sizes = axes(rows).filter((axis) => rows.some((row) => isNumber(JOBS[row.job].sizes[axis])));
-  const pairs = [];
-  for (const x of sizes) for (const y of sizes) {
-    const best = x === y ? undefined : groups(rows, [x, y]).find(isGrid(x, y));
-    if (best) pairs.push({ x, y, points: best.points });
-  }
-  element("map-section").hidden = !pairs.length;
-  if (!pairs.length) return;
-  const biggest = pairs.reduce((a, b) => (b.points > a.points ? b : a));
-  const x = options("map-x", distinct(pairs.map((pair) => pair.x)).map((name) => [name, words(name)]), biggest.x);
-  const y = options("map-y", distinct(pairs.filter((pair) => pair.x === x).map((pair) => pair.y)).map((name) => [name, words(name)]), biggest.y);
-  const found = groups(rows, [x, y]).filter(isGrid(x, y));
-  const where = Number(options("map-where", found.map((group, i) => [String(i), group.name]), "0"));
-  element("map-where-label").hidden = found.length < 2;
-  const mine = found[where].rows, names = distinct(mine.map((row) => row.backend));
-  const of = options("map-what", [[FASTEST, "the fastest backend"], ...names.map((name) => [name, `speed of ${name}`])], FASTEST);
-  const value = (row, axis) => traits(row)[axis];
-  const order = (axis) => distinct(mine.map((row) => value(row, axis))).sort((a, b) => a - b);
-  const across = order(x), up = order(y);
-  const cell = (a, b) => byTime(mine.filter((row) => value(row, x) === a && value(row, y) === b));
-  const grid = (draw) => up.map((b) => across.map((a) => draw(cell(a, b), a, b)));
-  const at = (cells) => cells.map((row) => row.map((entry) => entry?.z ?? null));
-  const texts = (cells, part) => cells.map((row) => row.map((entry) => entry?.[part] ?? ""));
-  const fastest = of === FASTEST;
-  const room = element("map").clientWidth / (across.length + 1);
-  const cells = grid((all) => {
-    const row = fastest ? all[0] : all.find((one) => one.backend === of);
-    if (!row) return null;
-    const next = fastest ? all.find((one) => one !== row) : chosen.baseline === OTHERS || chosen.baseline === of ? all.find((one) => one !== row) : all.find((one) => one.backend === chosen.baseline);
-    const gain = next ? next.time / row.time : null;
-    const lines = [`<b>${safe(row.backend)}</b> ${time(row.time)}`, ...all.filter((one) => one !== row).slice(0, 6).map((one) => `${safe(one.backend)} ${time(one.time)}`)];
-    const named = room >= 7 * row.backend.length; // px of a label's letters
-    if (fastest) return { z: names.indexOf(row.backend), text: [named ? safe(row.backend) : "", gain ? factor(gain) : ""].filter(Boolean).join("<br>"), hover: lines.join("<br>") };
-    return gain ? { z: Math.log2(gain), text: factor(gain), hover: lines.join("<br>") } : null;
-  });
-  const edge = Math.max(0.3, ...at(cells).flat().filter(known).map(Math.abs));
-  const steps = names.flatMap((name, i) => [[i / names.length, look(name).colour], [(i + 1) / names.length, look(name).colour]]);
-  const winners = distinct(cells.flat().filter(known).map((entry) => names[entry.z]));
-  if (fastest) element("map-hint").replaceChildren("Who is the fastest, and how many times as fast as the next: ", ...winners.flatMap((name) => [dotOf(name), `${name} `]));
-  else element("map-hint").textContent = `How many times as fast as ${chosen.baseline === OTHERS || chosen.baseline === of ? "the fastest other" : chosen.baseline}: blue is faster, orange slower.`;
-  drawGrid("map", across, up, cells, {
-    zmin: fastest ? -0.5 : -edge, zmax: fastest ? names.length - 0.5 : edge,
-    colorscale: fastest ? steps : [[0, "#C84E00"], [0.5, isDark() ? "#2a3139" : "#eef0f2"], [1, "#0072B2"]],
-    text: texts(cells, "text"), hovertext: texts(cells, "hover"), z: at(cells),
-    textfont: fastest ? { color: isDark() ? "#14181d" : "#ffffff" } : {},
-  }, words(x), words(y));
-}
-const isGrid = (x, y) => (group) => {
-  const values = (axis) => distinct(group.rows.map((row) => traits(row)[axis])).length;
-  return values(x) > 1 && values(y) > 1 && group.points > values(x) + values(y) - 1;
-};
-function drawGrid(id, across, up, cells, heat, x_title, y_title) {
-  plot(id, cells.length ? [{ type: "heatmap", x: across.map((_, i) => i), y: up.map((_, i) => i), hoverinfo: "text", showscale: false, xgap: 2, ygap: 2,
-    texttemplate: "%{text}", ...heat, textfont: { size: narrow() ? 9 : 12, ...heat.textfont } }] : [], {
-    height: 90 + 46 * Math.max(up.length, 2), margin: { l: 10, r: 10, t: 10, b: 48 },
-    xaxis: { title: { text: safe(x_title) }, tickmode: "array", tickvals: across.map((_, i) => i), ticktext: across.map(String), showgrid: false, zeroline: false },
-    yaxis: { title: { text: safe(y_title) }, tickmode: "array", tickvals: up.map((_, i) => i), ticktext: up.map(String), showgrid: false, zeroline: false } });
-}
-
-// Up to which q_len decode was faster, over requests and keys.
-function drawThreshold() {
-  if (!element("threshold")) return;
-  const names = distinct(DATA.thresholds.map((found) => `${found.backend}, ${found.record}`));
-  const of = options("threshold-of", names.map((name) => [name, name]), names[0]);
-  const mine = DATA.thresholds.filter((found) => `${found.backend}, ${found.record}` === of);
-  const order = (axis) => distinct(mine.map((found) => found[axis])).sort((a, b) => a - b);
-  const across = order("batch"), up = order("keys");
-  const cells = up.map((keys) => across.map((batch) => mine.find((found) => found.batch === batch && found.keys === keys)));
-  drawGrid("threshold", across, up, cells, {
-    z: cells.map((row) => row.map((found) => (found ? Math.log2(found.threshold + 1) : null))),
-    text: cells.map((row) => row.map((found) => (found ? `${found.longest ? "≥ " : ""}${found.threshold}` : ""))),
-    hovertext: cells.map((row) => row.map((found) => (found ? safe(found.text) : ""))),
-    colorscale: [[0, isDark() ? "#1f2933" : "#e3edf5"], [1, isDark() ? "#28608f" : "#7db8de"]], textfont: { color: style("--text") },
-  }, "requests", "keys");
+  const curves = distinct(mine.map(name)),
+    jobs = new Set(mine.map((row) => row.job));
+  const found = rows.filter(
+    (row) => jobs.has(row.job) && typeof row.settings[x] === "string" && curves.includes(name(row)),
+  );
+  return found.map((row) => ({
+    type: "scatter",
+    mode: "lines",
+    name: safe(`${name(row)}, ${row.settings[x]}`),
+    x: [values[0], values[values.length - 1]],
+    y: [row.time, row.time],
+    line: { color: lookAt(curves.indexOf(name(row))).colour, width: 1.5, dash: "dot" },
+    hovertext: [hover(row), hover(row)],
+    hoverinfo: "text",
+  }));
 }

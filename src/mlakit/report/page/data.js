@@ -2,11 +2,19 @@
 // The records, and what of them is chosen. All labels come from records: they go into the page as text nodes only, and
 // into Plotly, which reads a little HTML, through `safe`.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const ROWS = DATA.rows, JOBS = DATA.jobs;
+const ROWS = DATA.rows,
+  JOBS = DATA.jobs;
 const OTHERS = "\u0000others"; // as a baseline: whichever other backend is the fastest at that job
 const chosen = {
-  operation: DATA.operations[0], model: "", record: "", search: "", baseline: DATA.baseline ?? OTHERS, hidden: new Set(),
-  metric: "time", sort: null, all: false,
+  operation: DATA.operations[0],
+  model: "",
+  record: "",
+  search: "",
+  baseline: DATA.baseline ?? OTHERS,
+  hidden: new Set(),
+  metric: "time",
+  sort: null,
+  all: false,
 };
 
 const element = (id) => document.getElementById(id);
@@ -22,7 +30,8 @@ function safe(text) {
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (name in node) node[name] = value; else node.setAttribute(name, value);
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
   }
   node.append(...children.filter(known));
   return node;
@@ -39,9 +48,26 @@ function scaled(value, units) {
   const [factor, unit] = units[units.length - 1];
   return `${three(value / factor)} ${unit}`;
 }
-const time = (value) => scaled(value, [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]]);
-const rate = (value, unit) => scaled(value, [[1e12, `T${unit}`], [1e9, `G${unit}`], [1e6, `M${unit}`], [1, unit]]);
-const size = (value) => scaled(value, [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"], [1, "B"]]);
+const time = (value) =>
+  scaled(value, [
+    [1, "s"],
+    [1e-3, "ms"],
+    [1e-6, "µs"],
+  ]);
+const rate = (value, unit) =>
+  scaled(value, [
+    [1e12, `T${unit}`],
+    [1e9, `G${unit}`],
+    [1e6, `M${unit}`],
+    [1, unit],
+  ]);
+const size = (value) =>
+  scaled(value, [
+    [2 ** 30, "GiB"],
+    [2 ** 20, "MiB"],
+    [2 ** 10, "KiB"],
+    [1, "B"],
+  ]);
 function percent(fraction) {
   const value = fraction * 100;
   return `${value.toFixed(Math.abs(value) >= 9.95 ? 0 : Math.abs(value) >= 0.995 ? 1 : 2)}%`;
@@ -55,8 +81,10 @@ function interval(row) {
 // What is chosen.
 function jobsOfOperation() {
   return JOBS.map((job, index) => ({ ...job, index })).filter(
-    (job) => (!chosen.operation || job.operation === chosen.operation) && (!chosen.model || job.model === chosen.model)
-      && (!chosen.record || job.records.includes(chosen.record)),
+    (job) =>
+      (!chosen.operation || job.operation === chosen.operation) &&
+      (!chosen.model || job.model === chosen.model) &&
+      (!chosen.record || job.records.includes(chosen.record)),
   );
 }
 function jobsShown() {
@@ -78,7 +106,9 @@ const timed = (rows) => rows.filter((row) => row.time);
 const byTime = (rows) => timed(rows).sort((a, b) => a.time - b.time);
 // Of the chosen operation, model and record; those that have a time before those that have none.
 function backendsShown() {
-  const rows = jobsOfOperation().flatMap((job) => ROWS_OF[job.index]).filter(ofRecord);
+  const rows = jobsOfOperation()
+    .flatMap((job) => ROWS_OF[job.index])
+    .filter(ofRecord);
   return distinct([...timed(rows), ...rows].map((row) => row.backend));
 }
 
@@ -95,8 +125,10 @@ function speedup(row) {
   if (!base) return null;
   const bounds = known(row.low) && known(base.low);
   return {
-    value: base.time / row.time, base,
-    low: bounds ? base.low / row.high : null, high: bounds ? base.high / row.low : null,
+    value: base.time / row.time,
+    base,
+    low: bounds ? base.low / row.high : null,
+    high: bounds ? base.high / row.low : null,
   };
 }
 // A backend is the fastest for sure where no other's interval reaches its own.
@@ -108,7 +140,18 @@ const ofLimit = (row) => (row.limit && row.time ? row.limit / row.time : null);
 // A colour and a mark for each backend of an operation, the same whatever is hidden. Told apart with any colour vision.
 const LIGHT = ["#0072B2", "#C84E00", "#00835F", "#A8457F", "#A87400", "#3390CC", "#5B4FA8", "#4A4F55"];
 const DARK = ["#4FA3E0", "#FF8A4C", "#2FC79A", "#E59CC6", "#F2B632", "#8FD3FF", "#A99CF0", "#C9D0D8"];
-const MARKS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star", "hexagon", "x", "pentagon"];
+const MARKS = [
+  "circle",
+  "square",
+  "diamond",
+  "triangle-up",
+  "cross",
+  "triangle-down",
+  "star",
+  "hexagon",
+  "x",
+  "pentagon",
+];
 function isDark() {
   const theme = document.documentElement.dataset.theme;
   return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -116,7 +159,12 @@ function isDark() {
 let looks = new Map();
 function lookAt(index) {
   const colours = isDark() ? DARK : LIGHT;
-  return { colour: colours[index % colours.length], mark: MARKS[(index + Math.floor(index / colours.length)) % MARKS.length] };
+  return {
+    colour: colours[index % colours.length],
+    mark: MARKS[(index + Math.floor(index / colours.length)) % MARKS.length],
+  };
 }
-function rememberLooks() { looks = new Map(backendsShown().map((backend, index) => [backend, lookAt(index)])); }
+function rememberLooks() {
+  looks = new Map(backendsShown().map((backend, index) => [backend, lookAt(index)]));
+}
 const look = (backend) => looks.get(backend) ?? { colour: style("--dim"), mark: MARKS[0] };
