@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from common import CUDA, Candidate, Job, Tensors, parse_arguments, run
 
-from mlakit.cache import pack_fp8, unpack_fp8
+from mlakit.cache import pack_fp8
+from mlakit.hardware import capability
 from mlakit.sparse import (
     mla_sparse_decode,
     mla_sparse_decode_reference,
@@ -26,18 +27,20 @@ from mlakit.sparse import (
     mla_sparse_prefill_reference,
 )
 from mlakit.sparse.config import SparseConfig
+from mlakit.sparse.hopper_config import HopperConfig
+from mlakit.sparse.hopper_launch import _launch_hopper
 from mlakit.sparse.triton_launch import _launch_decode, _launch_prefill
 from mlakit.testing import compare, compare_lse
 
 RANK, LATENT, PAGE, HEADS = 512, 576, 64, 128
-SCALE = LATENT**-0.5
 SAMPLE = 24  # tokens that are checked
 NEAR = 20000
 
-# s_q, s_kv, topk.
+# s_q, s_kv, topk, heads, width of a key.
 PREFILL = [
-    (1024, 4096, 512), (2048, 8192, 1024), (4096, 16384, 2048), (4096, 32768, 2048), (4096, 65536, 2048),
-    (4096, 131072, 2048),
+    (1024, 4096, 512, 128, 576), (2048, 8192, 1024, 128, 576), (4096, 16384, 2048, 128, 576),
+    (4096, 32768, 2048, 128, 576), (4096, 65536, 2048, 128, 576), (4096, 131072, 2048, 128, 576),
+    (4096, 16384, 2048, 64, 576), (4096, 16384, 2048, 128, 512), (4096, 16384, 2048, 16, 576),
 ]  # fmt: skip
 # requests, new tokens, heads; topk 2048 out of 8192 keys.
 DECODE = [(128, 2, 128), (128, 1, 128), (64, 1, 128), (8, 1, 128), (128, 1, 64), (8, 1, 16), (128, 1, 16)]
@@ -52,6 +55,9 @@ TUNED_FP8 = [
     SparseConfig(64, 32, 8, 3, wgmma=True), SparseConfig(16, 32, 4, 3, 2), SparseConfig(16, 32, 8, 3),
     SparseConfig(16, 64, 8, 2), SparseConfig(32, 32, 8, 3), SparseConfig(32, 32, 8, 2, 2),
 ]  # fmt: skip
+# Of the Gluon kernels; the first two are what is taken.
+HOPPER = [HopperConfig(216, 72, 2, 0), HopperConfig(216, 72, 2, 1), HopperConfig(216, 72, 2, 2)]
+HOPPER_FP8 = [HopperConfig(200, 104, 1, 0), HopperConfig(200, 104, 1, 1), HopperConfig(200, 104, 1, 2)]
 
 
 def flash_mla() -> Any:
@@ -62,7 +68,9 @@ def flash_mla() -> Any:
         return None
 
 
-def named(config: SparseConfig) -> str:
+def named(config: SparseConfig | HopperConfig) -> str:
+    if isinstance(config, HopperConfig):
+        return f"hopper order {config.order}"
     form = " wgmma" if config.wgmma else ""
     return f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages} r{config.resident}{form}"
 
@@ -71,43 +79,53 @@ def check(out: torch.Tensor, lse: torch.Tensor, exact: Tensors, eager: torch.Ten
     return compare(out, exact[0], eager).reason or compare_lse(lse, exact[-1]).reason
 
 
-def prefill_job(s_q: int, s_kv: int, topk: int, tune: bool, peer: Any) -> Job:
+def prefill_job(s_q: int, s_kv: int, topk: int, heads: int, latent: int, tune: bool, peer: Any) -> Job:
+    scale = latent**-0.5
+    other = (f" {heads} heads" if heads != HEADS else "") + (f" d {latent}" if latent != LATENT else "")
     generator = torch.Generator("cuda").manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": CUDA}
-    q = (torch.randn((s_q, HEADS, LATENT), **options) / 10).bfloat16()
-    kv = (torch.randn((s_kv, 1, LATENT), **options) / 10).bfloat16()
+    q = (torch.randn((s_q, heads, latent), **options) / 10).bfloat16()
+    kv = (torch.randn((s_kv, 1, latent), **options) / 10).bfloat16()
     shape = (s_q, 1, topk)
     near = torch.randint(0, 32, shape, **options) < 31
     new = torch.randint(max(0, s_kv - NEAR), s_kv, shape, **options, dtype=torch.int32)
     indices = torch.where(near, new, torch.randint(0, s_kv, shape, **options, dtype=torch.int32))
     some = torch.randperm(s_q, **options)[:SAMPLE]
-    exact = mla_sparse_prefill_reference(q[some].double(), kv.double(), indices[some], softmax_scale=SCALE)
-    eager = mla_sparse_prefill_reference(q[some], kv, indices[some], softmax_scale=SCALE)[0]
-    out = torch.empty((s_q, HEADS, RANK), dtype=q.dtype, device=CUDA)
-    max_logits, lse = torch.empty((s_q, HEADS), device=CUDA), torch.empty((s_q, HEADS), device=CUDA)
+    exact = mla_sparse_prefill_reference(q[some].double(), kv.double(), indices[some], softmax_scale=scale)
+    eager = mla_sparse_prefill_reference(q[some], kv, indices[some], softmax_scale=scale)[0]
+    out = torch.empty((s_q, heads, RANK), dtype=q.dtype, device=CUDA)
+    max_logits, lse = torch.empty((s_q, heads), device=CUDA), torch.empty((s_q, heads), device=CUDA)
 
-    def ours() -> Tensors:
-        return mla_sparse_prefill(q, kv, indices, softmax_scale=SCALE, out=out, impl="triton")
+    def ours(impl: str) -> Callable[[], Tensors]:
+        return lambda: mla_sparse_prefill(q, kv, indices, softmax_scale=scale, out=out, impl=impl)
 
-    def configured(config: SparseConfig) -> Callable[[], Tensors]:
+    def configured(config: SparseConfig | HopperConfig) -> Callable[[], Tensors]:
         def call() -> Tensors:
+            if isinstance(config, HopperConfig):
+                _launch_hopper(
+                    q, kv, indices, None, None, out, max_logits, lse, softmax_scale=scale, num_splits=1, config=config
+                )  # fmt: skip
+                return out, max_logits, lse
             _launch_prefill(
-                q, kv, indices, None, None, out, max_logits, lse, softmax_scale=SCALE, config=config
+                q, kv, indices, None, None, out, max_logits, lse, softmax_scale=scale, config=config
             )  # fmt: skip
             return out, max_logits, lse
 
         return call
 
-    candidates: list[Candidate] = [("triton", ours)]
+    candidates: list[Candidate] = [("triton", ours("triton"))]
+    if capability(CUDA) == (9, 0):
+        candidates.append(("hopper", ours("hopper")))
+        candidates += [(named(config), configured(config)) for config in HOPPER[0 if tune else 1 :]]
     if peer:
-        candidates.append(("flash_mla", lambda: peer.flash_mla_sparse_fwd(q, kv, indices, SCALE, RANK)))
+        candidates.append(("flash_mla", lambda: peer.flash_mla_sparse_fwd(q, kv, indices, scale, RANK)))
     if tune:
         candidates += [(named(config), configured(config)) for config in TUNED_PREFILL]
     return Job(
         op="mla_sparse_prefill",
-        name=f"prefill {s_q}x{s_kv} top {topk}",
-        fields={"s_q": s_q, "s_kv": s_kv, "topk": topk, "heads": HEADS, "dtype": "bfloat16"},
-        flops=2.0 * s_q * HEADS * topk * (LATENT + RANK),
+        name=f"prefill {s_q}x{s_kv} top {topk}" + other,
+        fields={"s_q": s_q, "s_kv": s_kv, "topk": topk, "heads": heads, "latent": latent, "dtype": "bfloat16"},
+        flops=2.0 * s_q * heads * topk * (latent + RANK),
         least_bytes=2.0 * (q.numel() + kv.numel() + out.numel()) + 4.0 * indices.numel(),
         wrong=lambda found: check(found[0][some], found[2][some], exact, eager),
         candidates=candidates,
@@ -116,6 +134,7 @@ def prefill_job(s_q: int, s_kv: int, topk: int, tune: bool, peer: Any) -> Job:
 
 
 def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: Any) -> Job:
+    scale = LATENT**-0.5
     generator = torch.Generator("cuda").manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": CUDA}
     pages = batch * KEYS // PAGE
@@ -134,19 +153,25 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     remap = torch.full((pages,), -1, device=CUDA)
     remap[torch.unique(page[some])] = torch.arange(len(near), device=CUDA)
     mine = (remap[page[some]] * PAGE + position[some] % PAGE).int()
-    near = unpack_fp8(near) if fp8 else near  # what is attended to is the value rounded to bfloat16
-    exact = mla_sparse_decode_reference(q[some].double(), near.double(), mine, softmax_scale=SCALE)
-    eager = mla_sparse_decode_reference(q[some], near, mine, softmax_scale=SCALE)[0]
+    values = near if fp8 else near.double()  # float8 codes times their scales, not rounded
+    exact = mla_sparse_decode_reference(q[some].double(), values, mine, softmax_scale=scale)
+    eager = mla_sparse_decode_reference(q[some], near, mine, softmax_scale=scale)[0]
     out = torch.empty((batch, q_len, heads, RANK), dtype=q.dtype, device=CUDA)
     lse = torch.empty((batch, q_len, heads), device=CUDA)
 
-    def ours() -> Tensors:
-        return mla_sparse_decode(q, cache, indices, softmax_scale=SCALE, out=out, impl="triton")
+    def ours(impl: str) -> Callable[[], Tensors]:
+        return lambda: mla_sparse_decode(q, cache, indices, softmax_scale=scale, out=out, impl=impl)
 
-    def configured(config: SparseConfig, splits: int | None) -> Callable[[], Tensors]:
+    def configured(config: SparseConfig | HopperConfig, splits: int | None) -> Callable[[], Tensors]:
         def call() -> Tensors:
+            if isinstance(config, HopperConfig):
+                _launch_hopper(
+                    q, cache, indices, None, None, out, None, lse, softmax_scale=scale, num_splits=splits,
+                    config=config,
+                )  # fmt: skip
+                return out, lse
             _launch_decode(
-                q, cache, indices, None, None, out, lse, softmax_scale=SCALE, num_splits=splits, config=config
+                q, cache, indices, None, None, out, lse, softmax_scale=scale, num_splits=splits, config=config
             )  # fmt: skip
             return out, lse
 
@@ -155,17 +180,21 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     def theirs() -> Tensors:
         metadata, _ = peer.get_mla_metadata()
         found, found_lse = peer.flash_mla_with_kvcache(
-            q, cache[:, :, None], None, None, RANK, metadata, None, softmax_scale=SCALE, is_fp8_kvcache=True,
+            q, cache[:, :, None], None, None, RANK, metadata, None, softmax_scale=scale, is_fp8_kvcache=True,
             indices=indices,
         )  # fmt: skip
         return found, found_lse.transpose(1, 2)
 
-    candidates: list[Candidate] = [("triton", ours)]
+    candidates: list[Candidate] = [("triton", ours("triton"))]
+    if capability(CUDA) == (9, 0):
+        candidates.append(("hopper", ours("hopper")))
+        forms = HOPPER_FP8 if fp8 else HOPPER
+        candidates += [(named(config), configured(config, None)) for config in forms[0 if tune else 1 :]]
     if peer and fp8:
         candidates.append(("flash_mla", theirs))
     if tune:
-        forms = TUNED_FP8 if fp8 else TUNED_PREFILL
-        candidates += [(named(config), configured(config, None)) for config in forms]
+        tuned = TUNED_FP8 if fp8 else TUNED_PREFILL
+        candidates += [(named(config), configured(config, None)) for config in tuned]
     dtype = "fp8" if fp8 else "bfloat16"
     return Job(
         op="mla_sparse_decode",

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlakit.cache import pack_fp8, unpack_fp8
+from mlakit.cache import pack_fp8
 from mlakit.hardware import capability
 from mlakit.sparse import (
     mla_sparse_decode,
@@ -14,12 +14,21 @@ from mlakit.sparse import (
     mla_sparse_prefill_reference,
 )
 from mlakit.sparse.config import SparseConfig
+from mlakit.sparse.hopper_config import HopperConfig
 from mlakit.testing import assert_close, compare_lse, count_poison, poison_
 
 pytestmark = pytest.mark.gpu
 
 Tensors = tuple[torch.Tensor, ...]
 WILD = (-1, -(2**31), 2147480000, 2**31 - 1)  # indices that are ignored
+
+
+@pytest.fixture(params=["triton", "hopper"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Both kernels, where the inputs are such as both take."""
+    if request.param == "hopper" and capability("cuda") != (9, 0):
+        pytest.skip("the Gluon kernels are Hopper's")
+    return str(request.param)
 
 
 def random_indices(shape: tuple[int, ...], keys: int, generator: torch.Generator, invalid: float = 0.2) -> torch.Tensor:
@@ -93,9 +102,8 @@ def decode(inputs: Tensors, **options: Any) -> tuple[torch.Tensor, torch.Tensor]
 def check_decode(inputs: Tensors, out: torch.Tensor, lse: torch.Tensor, **options: Any) -> None:
     q, cache, indices = inputs
     options = {"softmax_scale": q.shape[-1] ** -0.5, **options}
-    if cache.dtype == torch.uint8:  # what is attended to is the value rounded to q's dtype
-        cache = unpack_fp8(cache, options.get("kv_lora_rank", 512), q.dtype)
-    exact, exact_lse = mla_sparse_decode_reference(q.double(), cache.double(), indices, **options)
+    values = cache if cache.dtype == torch.uint8 else cache.double()  # float8 codes times their scales, not rounded
+    exact, exact_lse = mla_sparse_decode_reference(q.double(), values, indices, **options)
     eager, _ = mla_sparse_decode_reference(q, cache, indices, **options)
     assert_close(out, exact, eager)
     compared = compare_lse(lse, exact_lse)
@@ -106,10 +114,10 @@ def check_decode(inputs: Tensors, out: torch.Tensor, lse: torch.Tensor, **option
 # 65 (a tile with idle rows, a second one with a single row), 128.
 @pytest.mark.parametrize("heads", [1, 3, 16, 32, 33, 65, 128])
 @pytest.mark.parametrize(("s_kv", "topk"), [(3000, 1), (3000, 127), (3000, 128), (3000, 2048), (5, 130), (1, 2048)])
-def test_prefill_against_float64(heads: int, s_kv: int, topk: int) -> None:
+def test_prefill_against_float64(heads: int, s_kv: int, topk: int, impl: str) -> None:
     inputs = make_prefill(5, s_kv, topk, heads)
     out = poison_(torch.empty((5, heads, 512), dtype=torch.bfloat16, device="cuda"))
-    found = prefill(inputs, out=out)
+    found = prefill(inputs, out=out, impl=impl)
     assert found[0] is out
     assert count_poison(out) == 0
     assert bool((found[2][1] == -torch.inf).all())  # the row that is wholly invalid
@@ -121,19 +129,19 @@ def test_prefill_against_float64(heads: int, s_kv: int, topk: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rope", [0, 64])
 @pytest.mark.parametrize("heads", [16, 64])
-def test_prefill_options(dtype: torch.dtype, rope: int, heads: int) -> None:
+def test_prefill_options(dtype: torch.dtype, rope: int, heads: int, impl: str) -> None:
     inputs = make_prefill(7, 900, 300, heads, rope=rope, dtype=dtype)
     sink = torch.randn(heads, device="cuda")
     sink[0], sink[1] = torch.inf, -torch.inf
     lengths = torch.tensor([300, 299, 0, 1, 64, -5, 1000], dtype=torch.int32, device="cuda")
     options = {"attn_sink": sink, "topk_length": lengths}
-    check_prefill(inputs, prefill(inputs, **options), **options)
+    check_prefill(inputs, prefill(inputs, impl=impl, **options), **options)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 2), (128, 2), (12, 4), (8, 8)])
-def test_prefill_with_several_key_heads(heads: int, kv_heads: int) -> None:
+def test_prefill_with_several_key_heads(heads: int, kv_heads: int, impl: str) -> None:
     inputs = make_prefill(4, 500, 200, heads, kv_heads=kv_heads)
-    check_prefill(inputs, prefill(inputs))
+    check_prefill(inputs, prefill(inputs, impl=impl))
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(64, 16), (256, 64), (1024, 64)])
@@ -157,38 +165,38 @@ def test_prefill_without_keys_or_indices_or_tokens() -> None:
 # All indices valid (steps without masks, and at topk 1000 a last one with), and some not.
 @pytest.mark.parametrize("rope", [0, 64])
 @pytest.mark.parametrize(("topk", "invalid"), [(1000, 0.2), (1000, 0.0), (1024, 0.0), (64, 0.0)])
-def test_many_tokens(rope: int, topk: int, invalid: float) -> None:
+def test_many_tokens(rope: int, topk: int, invalid: float, impl: str) -> None:
     q, kv, indices = make_prefill(600, 20000, topk, 128, rope=rope, invalid=invalid)
-    found = prefill((q, kv, indices))
+    found = prefill((q, kv, indices), impl=impl)
     some = torch.arange(0, 600, 13, device="cuda")
     check_prefill((q[some], kv, indices[some]), tuple(x[some] for x in found))
-    again = prefill((q, kv, indices))
+    again = prefill((q, kv, indices), impl=impl)
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("topk", "invalid"), [(1000, 0.2), (1000, 0.0), (1024, 0.0)])
-def test_many_requests(fp8: bool, topk: int, invalid: float) -> None:
+def test_many_requests(fp8: bool, topk: int, invalid: float, impl: str) -> None:
     q, cache, indices = make_decode(300, 1, topk, 128, fp8=fp8, pages=1000, invalid=invalid)
-    out, lse = decode((q, cache, indices))
+    out, lse = decode((q, cache, indices), impl=impl)
     some = torch.arange(0, 300, 13, device="cuda")
     check_decode((q[some], cache, indices[some]), out[some], lse[some])
-    again = decode((q, cache, indices))
+    again = decode((q, cache, indices), impl=impl)
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
 
 
 # What a context shorter than topk looks like: valid indices, then none; the valid ones end at a step, in one, at once.
 @pytest.mark.parametrize("heads", [16, 128])
-def test_valid_indices_first(heads: int) -> None:
+def test_valid_indices_first(heads: int, impl: str) -> None:
     q, kv, indices = make_prefill(6, 3000, 700, heads, invalid=0.0)
     for token, count in enumerate((700, 128, 127, 129, 1, 0)):
         indices[token, :, count:] = -1
-    check_prefill((q, kv, indices), prefill((q, kv, indices)))
+    check_prefill((q, kv, indices), prefill((q, kv, indices), impl=impl))
     indices[2, :, 300] = 2147480000
     indices[3, :, 0] = -1
-    check_prefill((q, kv, indices), prefill((q, kv, indices)))
+    check_prefill((q, kv, indices), prefill((q, kv, indices), impl=impl))
 
 
 CONFIGS = [
@@ -218,16 +226,73 @@ def test_every_configuration(config: SparseConfig, fp8: bool) -> None:
         check_decode(inputs, out, lse)
 
 
+HOPPER = [HopperConfig(216, 72, 2, order) for order in (0, 1, 2)]
+HOPPER_FP8 = [HopperConfig(200, 104, 1, order) for order in (0, 1, 2)]
+
+
+def need_hopper() -> None:
+    if capability("cuda") != (9, 0):
+        pytest.skip("the Gluon kernels are Hopper's")
+
+
+# On every multiprocessor, several tokens each, three times the same bits: what a race would spoil.
+@pytest.mark.parametrize("rope", [0, 64])
+@pytest.mark.parametrize("config", HOPPER, ids=str)
+def test_every_hopper_configuration(config: HopperConfig, rope: int) -> None:
+    from mlakit.sparse.hopper_launch import _launch_hopper
+
+    need_hopper()
+    q, kv, indices = make_prefill(300, 20000, 1000, 128, rope=rope)
+    results = []
+    for _ in range(3):
+        out = poison_(torch.empty((300, 128, 512), dtype=q.dtype, device="cuda"))
+        max_logits, lse = (
+            poison_(torch.empty((300, 128), device="cuda")),
+            poison_(torch.empty((300, 128), device="cuda")),
+        )
+        scale = q.shape[-1] ** -0.5
+        _launch_hopper(
+            q, kv, indices, None, None, out, max_logits, lse, softmax_scale=scale, num_splits=1, config=config
+        )  # fmt: skip
+        results.append((out, max_logits, lse))
+    some = torch.arange(0, 300, 11, device="cuda")
+    check_prefill((q[some], kv, indices[some]), tuple(x[some] for x in results[0]))
+    for again in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("fp8", "config"), [*((False, x) for x in HOPPER), *((True, x) for x in HOPPER_FP8)], ids=str)
+def test_every_hopper_configuration_of_decode(fp8: bool, config: HopperConfig, num_splits: int) -> None:
+    from mlakit.sparse.hopper_launch import _launch_hopper
+
+    need_hopper()
+    q, cache, indices = make_decode(300, 1, 1000, 128, fp8=fp8, pages=1000)
+    results = []
+    for _ in range(3):
+        out = poison_(torch.empty((300, 1, 128, 512), dtype=q.dtype, device="cuda"))
+        lse = poison_(torch.empty((300, 1, 128), device="cuda"))
+        scale = 576**-0.5
+        _launch_hopper(
+            q, cache, indices, None, None, out, None, lse, softmax_scale=scale, num_splits=num_splits, config=config
+        )  # fmt: skip
+        results.append((out, lse))
+    some = torch.arange(0, 300, 11, device="cuda")
+    check_decode((q[some], cache, indices[some]), *(x[some] for x in results[0]))
+    for again in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("heads", [1, 16, 65, 128])
 @pytest.mark.parametrize(("batch", "q_len", "topk"), [(1, 1, 2048), (3, 2, 127), (2, 1, 1), (150, 1, 300)])
 @pytest.mark.parametrize("num_splits", [None, 1, 7])
 def test_decode_against_float64(
-    fp8: bool, heads: int, batch: int, q_len: int, topk: int, num_splits: int | None
+    fp8: bool, heads: int, batch: int, q_len: int, topk: int, num_splits: int | None, impl: str
 ) -> None:
     inputs = make_decode(batch, q_len, topk, heads, fp8=fp8)
     out = poison_(torch.empty((batch, q_len, heads, 512), dtype=torch.bfloat16, device="cuda"))
-    result, lse = decode(inputs, out=out, num_splits=num_splits)
+    result, lse = decode(inputs, out=out, num_splits=num_splits, impl=impl)
     assert result is out
     assert count_poison(out) == 0
     check_decode(inputs, out, lse)
@@ -236,8 +301,10 @@ def test_decode_against_float64(
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("page_size", [1, 48])
 @pytest.mark.parametrize("num_splits", [None, 1])
-def test_decode_options(fp8: bool, page_size: int, num_splits: int | None) -> None:
-    q, cache, indices = make_decode(4, 2, 300, 32, fp8=fp8, page_size=page_size, dtype=torch.float16)
+def test_decode_options(fp8: bool, page_size: int, num_splits: int | None, impl: str) -> None:
+    # Of the float8 cache the Gluon kernel takes bfloat16 queries alone.
+    dtype = torch.bfloat16 if fp8 and impl == "hopper" else torch.float16
+    q, cache, indices = make_decode(4, 2, 300, 32, fp8=fp8, page_size=page_size, dtype=dtype)
     wide = torch.zeros((*cache.shape[:2], 2, cache.shape[2]), dtype=cache.dtype, device="cuda")
     wide[:, :, 1] = cache  # tokens that do not follow one another
     pages = torch.cat([wide, wide], 1)[:, :page_size, 1]  # nor do pages
@@ -246,7 +313,22 @@ def test_decode_options(fp8: bool, page_size: int, num_splits: int | None) -> No
     for lengths in ([300, 0, 17, 1000], [[300, 1], [0, -3], [17, 200], [1000, 33]]):
         options = {"attn_sink": sink, "topk_length": torch.tensor(lengths, dtype=torch.int32, device="cuda")}
         inputs = (q, pages, indices)
-        check_decode(inputs, *decode(inputs, num_splits=num_splits, **options), **options)
+        check_decode(inputs, *decode(inputs, num_splits=num_splits, impl=impl, **options), **options)
+
+
+# The Gluon kernel computes in float16: keys, a key's groups of 128 columns, and heads of very different magnitude.
+def test_float8_of_very_different_magnitudes(impl: str) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, cache, indices = make_decode(9, 1, 300, 64, fp8=True)
+    named = cache.flatten(0, 1)[:, 0] != 255
+    keys = torch.randn((6400, 576), generator=generator, device="cuda")
+    keys *= torch.exp2(torch.randint(-12, 1, (6400, 1), generator=generator, device="cuda").float())
+    keys[:, 128:256] *= 2.0**-9
+    rows = pack_fp8(keys[:, :512], keys[:, 512:])
+    rows[~named] = 255
+    q = q * torch.exp2(torch.randint(-14, 1, (9, 1, 64, 1), generator=generator, device="cuda").float()).to(q.dtype)
+    inputs = (q, rows.view(cache.shape), indices)
+    check_decode(inputs, *decode(inputs, impl=impl))
 
 
 @pytest.mark.parametrize("rank", [128, 256])
@@ -259,7 +341,7 @@ def test_decode_of_other_dimensions(rank: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("heads", [16, 128])
-def test_cache_of_more_than_2_31_elements(fp8: bool, heads: int) -> None:
+def test_cache_of_more_than_2_31_elements(fp8: bool, heads: int, impl: str) -> None:
     # With 32-bit offsets what lies beyond 2^31 elements is read somewhere else.
     width = 656 if fp8 else 576
     pages = 2**31 // (64 * width) + 200
@@ -268,28 +350,28 @@ def test_cache_of_more_than_2_31_elements(fp8: bool, heads: int) -> None:
     cache[-len(small) :] = small
     shift = (pages - len(small)) * 64
     far = torch.where((indices >= 0) & (indices < 6400), indices + shift, -1)
-    found = decode((q, cache, far))
+    found = decode((q, cache, far), impl=impl)
     check_decode((q, small, indices), *found)
     if not fp8:
         flat = cache.view(-1, 1, width)
-        out, _, lse = prefill((q[:, 0], flat, far))
+        out, _, lse = prefill((q[:, 0], flat, far), impl=impl)
         check_decode((q, small, indices), out[:, None], lse[:, None])
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_cuda_graph_with_changing_indices_and_lengths(heads: int) -> None:
+def test_cuda_graph_with_changing_indices_and_lengths(heads: int, impl: str) -> None:
     # One capture, replayed with other numbers: no launch choice may depend on them, and the graph's workspace must
     # outlive allocations made between replays.
     q, cache, indices = make_decode(4, 1, 500, heads, fp8=True)
     pq, kv, some = make_prefill(5, 800, 300, heads)
     lengths = torch.full((4,), 500, dtype=torch.int32, device="cuda")
-    decode((q, cache, indices), topk_length=lengths)  # compiles
-    prefill((pq, kv, some))
+    decode((q, cache, indices), topk_length=lengths, impl=impl)  # compiles
+    prefill((pq, kv, some), impl=impl)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = decode((q, cache, indices), topk_length=lengths)
-        found = prefill((pq, kv, some))
+        out, lse = decode((q, cache, indices), topk_length=lengths, impl=impl)
+        found = prefill((pq, kv, some), impl=impl)
     for new in ([500, 64, 0, 1], [3, 500, 500, 77]):
         q.copy_(torch.randn_like(q))
         indices.copy_(indices.flip(-1).roll(1, 0))
@@ -306,42 +388,45 @@ def test_cuda_graph_with_changing_indices_and_lengths(heads: int) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_token_does_not_depend_on_the_batch_when_splits_are_given(fp8: bool) -> None:
+def test_a_token_does_not_depend_on_the_batch_when_splits_are_given(fp8: bool, impl: str) -> None:
     q, cache, indices = make_decode(5, 1, 700, 128, fp8=fp8)
-    first, first_lse = decode((q, cache, indices), num_splits=4)
-    again, again_lse = decode((q, cache, indices), num_splits=4)
+    first, first_lse = decode((q, cache, indices), num_splits=4, impl=impl)
+    again, again_lse = decode((q, cache, indices), num_splits=4, impl=impl)
     assert torch.equal(first, again)
     assert torch.equal(first_lse, again_lse)
-    alone, alone_lse = decode((q[3:4], cache, indices[3:4]), num_splits=4)
+    alone, alone_lse = decode((q[3:4], cache, indices[3:4]), num_splits=4, impl=impl)
     assert torch.equal(first[3:4], alone)
     assert torch.equal(first_lse[3:4], alone_lse)
 
 
-def test_other_lengths_do_not_recompile() -> None:
+def test_other_lengths_do_not_recompile(impl: str) -> None:
+    from mlakit.sparse.hopper_attention import _mla_sparse_hopper_kernel
     from mlakit.sparse.triton_attention import _mla_sparse_kernel
 
-    def compiled() -> int:
-        return sum(len(entry[0]) for entry in _mla_sparse_kernel.device_caches.values())
+    kernel = _mla_sparse_hopper_kernel if impl == "hopper" else _mla_sparse_kernel
 
-    prefill(make_prefill(5, 1000, 300, 128))
+    def compiled() -> int:
+        return sum(len(entry[0]) for entry in kernel.device_caches.values())
+
+    prefill(make_prefill(5, 1000, 300, 128), impl=impl)
     before = compiled()
-    prefill(make_prefill(9, 64, 77, 128))
-    prefill(make_prefill(1, 20001, 2048, 128))
+    prefill(make_prefill(9, 64, 77, 128), impl=impl)
+    prefill(make_prefill(1, 20001, 2048, 128), impl=impl)
     assert before > 0
     assert compiled() == before
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_opcheck(heads: int) -> None:
+def test_opcheck(heads: int, impl: str) -> None:
     q, kv, indices = make_prefill(3, 90, 70, heads)
     sink = torch.randn(heads, device="cuda")
-    options = (0.05, 512, sink, None, "triton")
+    options = (0.05, 512, sink, None, impl)
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_prefill, (q, kv, indices, *options))
     out = torch.empty((3, heads, 512), dtype=q.dtype, device="cuda")
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_prefill_out, (q, kv, indices, out, *options))
     inputs = make_decode(3, 1, 70, heads, fp8=True)
     lengths = torch.tensor([3, 70, 0], dtype=torch.int32, device="cuda")
-    rest = (0.05, 512, None, lengths, None, "triton")
+    rest = (0.05, 512, None, lengths, None, impl)
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode, (*inputs, *rest))
     out = torch.empty((3, 1, heads, 512), dtype=q.dtype, device="cuda")
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode_out, (*inputs, out, *rest))
@@ -365,7 +450,10 @@ def test_torch_compile_without_a_graph_break() -> None:
 
 
 def test_the_fastest_is_taken_unasked() -> None:
+    hopper = capability("cuda") == (9, 0)
     inputs = make_prefill(3, 90, 70, 16)
     assert torch.equal(prefill(inputs, impl=None)[0], prefill(inputs)[0])
+    many = make_prefill(3, 90, 70, 128)
+    assert torch.equal(prefill(many, impl=None)[0], prefill(many, impl="hopper" if hopper else "triton")[0])
     with pytest.raises(RuntimeError, match="needs bfloat16 or float16"):
         prefill((inputs[0].float(), inputs[1].float(), inputs[2]))

@@ -41,7 +41,8 @@ def mla_sparse_prefill(
             had that score and no value. -inf has no effect, +inf makes zeros. lse and max_logits are without it.
         topk_length: [s_q] int32: only the first `topk_length` indices of a token are used, and the work is less.
         out: written instead of a new tensor, [s_q, h_q, d_v] in q's dtype, last dimension contiguous.
-        impl: "triton" or "reference"; None takes the fastest that can run.
+        impl: "hopper" (Gluon, compute capability 9.0, d_v 512), "triton" or "reference"; None takes the fastest that
+            can run.
 
     Returns:
         out [s_q, h_q, d_v] in q's dtype; max_logits, the largest scaled score of a row, and lse, natural log, both
@@ -103,7 +104,8 @@ def mla_sparse_decode(
             any number of heads.
         cache: [pages, page_size, latent_dim] in q's dtype, or the float8 cache, uint8 [pages, page_size, bytes] (656
             bytes for DeepSeek: 512 e4m3 codes, 4 float32 scales, 64 bfloat16 rope values), dequantized inside the
-            kernel: code * scale, rounded to q's dtype. Slots that no index names are not read and may hold anything.
+            kernel: code * scale, rounded to 16 bits (q's dtype; "hopper": float16 times a power of two for each token).
+            Slots that no index names are not read and may hold anything.
         indices: [batch, q_len, topk] int32, page * page_size + offset, in any order, any topk. An index below 0 or past
             the cache is ignored, wherever it stands; one that is given twice counts twice.
         softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is
@@ -117,7 +119,8 @@ def mla_sparse_decode(
             of the rest of the batch. None fills the GPU, from shapes alone.
         out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype, last dimension
             contiguous.
-        impl: "triton" or "reference"; None takes the fastest that can run.
+        impl: "hopper" (Gluon, compute capability 9.0, DeepSeek's dimensions), "triton" or "reference"; None takes the
+            fastest that can run.
 
     Returns:
         out [batch, q_len, num_heads, kv_lora_rank] in q's dtype and lse [batch, q_len, num_heads], natural log,
@@ -207,7 +210,7 @@ def _refuse_gradient(operation: str, out: torch.Tensor | None, impl: str | None)
     if out is not None:
         raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
     reason = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
-    choose(operation, impl, {"reference": None, "triton": reason})
+    choose(operation, impl, {"reference": None, "triton": reason, "hopper": reason})
 
 
 def _is_direct(*tensors: torch.Tensor | None) -> bool:

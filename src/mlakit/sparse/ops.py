@@ -4,9 +4,14 @@ The implementation is chosen inside the operators, where torch.compile does not 
 business of a graph's.
 """
 
+import importlib.util
+from functools import lru_cache
+
 import torch
 
-from mlakit.dispatch import choose_triton
+from mlakit.dispatch import choose, why_not_triton
+from mlakit.hardware import capability
+from mlakit.sparse import hopper_config
 from mlakit.sparse.reference import mla_sparse_decode_reference, mla_sparse_prefill_reference
 
 _PREFILL = "Tensor q, Tensor kv, Tensor indices"
@@ -42,17 +47,24 @@ def prefill_out(
     topk_length: torch.Tensor | None,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    reason = _input_reason(q, kv, d_v)
-    if choose_triton("mla_sparse_prefill", impl, q, reason) == "reference":
+    chosen = _choose("mla_sparse_prefill", impl, q, kv, out)
+    if chosen == "reference":
         result, max_logits, lse = mla_sparse_prefill_reference(
             q, kv, indices, softmax_scale=softmax_scale, d_v=d_v, attn_sink=attn_sink, topk_length=topk_length
         )
         out.copy_(result)
         return max_logits, lse
-    from mlakit.sparse.triton_launch import _launch_prefill
-
     max_logits = q.new_empty(q.shape[:2], dtype=torch.float32)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if chosen == "hopper":
+        from mlakit.sparse.hopper_launch import _launch_hopper
+
+        _launch_hopper(
+            q, kv, indices, attn_sink, topk_length, out, max_logits, lse, softmax_scale=softmax_scale, num_splits=1
+        )
+        return max_logits, lse
+    from mlakit.sparse.triton_launch import _launch_prefill
+
     _launch_prefill(q, kv, indices, attn_sink, topk_length, out, max_logits, lse, softmax_scale=softmax_scale)
     return max_logits, lse
 
@@ -85,8 +97,8 @@ def decode_out(
     num_splits: int | None,
     impl: str | None,
 ) -> torch.Tensor:
-    reason = _input_reason(q, cache, kv_lora_rank)
-    if choose_triton("mla_sparse_decode", impl, q, reason) == "reference":
+    chosen = _choose("mla_sparse_decode", impl, q, cache, out)
+    if chosen == "reference":
         result, lse = mla_sparse_decode_reference(
             q,
             cache,
@@ -98,13 +110,48 @@ def decode_out(
         )
         out.copy_(result)
         return lse
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if chosen == "hopper":
+        from mlakit.sparse.hopper_launch import _launch_hopper
+
+        _launch_hopper(
+            q, cache, indices, attn_sink, topk_length, out, None, lse, softmax_scale=softmax_scale,
+            num_splits=num_splits,
+        )  # fmt: skip
+        return lse
     from mlakit.sparse.triton_launch import _launch_decode
 
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _launch_decode(
         q, cache, indices, attn_sink, topk_length, out, lse, softmax_scale=softmax_scale, num_splits=num_splits
     )
     return lse
+
+
+def _choose(operation: str, impl: str | None, q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str:
+    """The implementation to run, fastest first where none is named."""
+    hopper = _hopper_reason(str(q.device)) or hopper_config.refusal(q, keys, out)
+    if hopper is None and (impl == "hopper" or (impl is None and hopper_config.is_faster_than_triton(q, keys))):
+        return "hopper"
+    triton = why_not_triton(str(q.device)) or _input_reason(q, keys, out.shape[-1])
+    if not q.is_cuda:  # there Triton can only be interpreted, which is for tests
+        return choose(operation, impl, {"reference": None, "triton": triton, "hopper": hopper})
+    return choose(operation, impl, {"triton": triton, "hopper": hopper, "reference": None})
+
+
+@lru_cache
+def _hopper_reason(device: str) -> str | None:
+    """Why the Gluon kernels cannot run on a device at all, or None."""
+    if not device.startswith("cuda"):
+        return f"it needs an NVIDIA GPU, got tensors on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if (found := capability(device)) != (9, 0):
+        return f"needs compute capability 9.0 (Hopper), found {found}"
+    import triton  # on a GPU that these kernels are for; importing mlakit must not
+
+    if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"needs Triton 3.6 or later for Gluon, found {triton.__version__}"
+    return None
 
 
 def _input_reason(q: torch.Tensor, keys: torch.Tensor, d_v: int) -> str | None:
