@@ -51,7 +51,8 @@ def mla_decode_reference(
         if length == 0:
             continue
         table = block_table[i, : -(-length // page_size)].long()
-        keys = cache[table].flatten(0, 1)[:length]
+        pages = cache[table] if cache.dtype != torch.float8_e4m3fn else cache.view(torch.uint8)[table].view(cache.dtype)
+        keys = pages.flatten(0, 1)[:length]
         keys = unpack_fp8(keys, kv_lora_rank, q.dtype) if keys.dtype == torch.uint8 else keys.to(q.dtype)
         scores = torch.einsum("qhd,kd->hqk", q[i], keys).to(accumulate) * softmax_scale
         if causal:
