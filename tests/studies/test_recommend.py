@@ -101,6 +101,16 @@ def test_workloads_of_a_config(monkeypatch, tmp_path):
     command = ("recommend", "--output-json", "r.json", "--config", "production_mix", "--no-tune", "--backends", "sdpa")
     assert main(command) == 0
     assert [line.partition(":")[0] for line in findings(tmp_path)[:2]] == ["chat", "chunked prefill"]
+    assert Record.load(tmp_path / "r.json").rows[0].config.model == "deepseek-v2-lite"  # as the config has it on a CPU
+
+
+def test_the_model_of_a_config(monkeypatch, tmp_path):
+    measured = fake_rows(monkeypatch, lambda config: 1e-4)
+    command = ("recommend", "--output-json", "r.json", "--config", "standard_attention", "--no-tune")
+    assert main([*command, "--backends", "sdpa", "flash"]) == 0
+    assert {(config.model, config.attention, config.num_kv_heads) for config in measured} == {
+        ("llama-3-8b", "standard", 8)
+    }
 
 
 def test_nothing_ran(monkeypatch, capsys):

@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="your workloads, one batch each")
-    parser.add_argument("--config", metavar="NAME|FILE", help="take the batches of a config (mlakit configs)")
+    parser.add_argument("--config", metavar="NAME|FILE", help="take batches and model of a config (mlakit configs)")
     parser.add_argument(
         "--scope",
         choices=["attention", "pipeline"],

@@ -238,7 +238,8 @@ def _bench(path: Path) -> LoadedRecord:
         complete=record.complete,
         planned=record.planned,
         curves=tuple(curves),
-        conclusions=(*record.findings, *map(str, (*recommend_thresholds(curves), *curves))),
+        # A study's findings hold the thresholds already.
+        conclusions=(*(record.findings or map(str, recommend_thresholds(curves))), *map(str, curves)),
     )
 
 

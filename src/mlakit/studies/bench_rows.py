@@ -54,13 +54,14 @@ class Rows:
 
 
 def dimensions(args: argparse.Namespace, attention: str, *, cpu: bool) -> dict[str, Any]:
-    """Model and heads a GPU, as fields of a `BenchmarkConfig`.
+    """Model and heads a GPU, as fields of a `BenchmarkConfig`. `args.models` may name those of a config: on a GPU, on a
+    CPU.
 
     Raises:
         ValueError: unknown model, or heads that --tp does not divide.
     """
     fallback = CPU_MODEL[attention] if cpu else DEFAULT_MLA_MODEL if attention == "mla" else STANDARD_MODEL
-    model = args.model or fallback
+    model = args.model or getattr(args, "models", (None, None))[cpu] or fallback
     dims = preset(model)
     if isinstance(dims, MLADims):
         heads, kv_heads = args.num_q_heads or dims.num_heads, 1
@@ -89,7 +90,7 @@ def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any =
     if args.resume and not args.output_json:
         raise ValueError("--resume needs --output-json: the record to go on with")
     kinds = [registry.attention_kinds(backend) for backend in args.backends or []]
-    attention = infer_attention(args.model, kinds)
+    attention = infer_attention(args.model or getattr(args, "models", (None, None))[0], kinds)
     for cpu in (True, False):
         dimensions(args, attention, cpu=cpu)  # what cannot be is said before a device is looked for
     path = output_file(args.output_json, "--output-json")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mlakit.studies.recommend_report import Advice, Setting
 
 NAME = "recommend"
-CPU_BATCH_SPECS = ("4q1s512", "4q4s256", "q256", "q128_4q1s256")
 _CONTENDERS = 1.3  # backends this close to the best try their settings
 _FINALISTS = 1.1  # settings this close to the best are measured again
 _MOST_FINALISTS = 5
@@ -104,8 +103,8 @@ def _tune(setting: Setting, spec: str, measure: Any) -> list[tuple[Setting, Benc
     return tried
 
 
-def batches(args: argparse.Namespace, *, cpu: bool) -> dict[str, str | None]:
-    """The workloads, spec to name, from the flags or a config.
+def workloads(args: argparse.Namespace) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """The workloads on a GPU and on a CPU, spec to name, from the flags or a config; its models go into `args.models`.
 
     Raises:
         ValueError: none is given, a spec is malformed, or there is no such config.
@@ -117,14 +116,18 @@ def batches(args: argparse.Namespace, *, cpu: bool) -> dict[str, str | None]:
         raise ValueError("give --batch-specs or --config, not both")
     if args.config:
         loaded = config_file.load(args.config)
-        content = loaded.on_cpu if cpu else loaded.content
-        names = content.mix_names()
-        return {spec: names.get(spec) for spec in content.specs()}
+        args.models = (loaded.content.model.name, loaded.on_cpu.model.name)
+        gpu, cpu = (
+            {spec: content.mix_names().get(spec) for spec in content.specs()}
+            for content in (loaded.content, loaded.on_cpu)
+        )
+        return gpu, cpu
     if not args.batch_specs:
         raise ValueError('give your workloads, as --batch-specs 64q1s4k "2q2k_32q1s1k", or a --config')
     for spec in args.batch_specs:
         parse_batch_spec(spec)
-    return dict.fromkeys(args.batch_specs)
+    given: dict[str, str | None] = dict.fromkeys(args.batch_specs)
+    return given, given
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,16 +142,17 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.studies.bench_rows import open_rows
     from mlakit.studies.recommend_report import findings, print_advice
 
-    batches(args, cpu=True)
+    on_gpu, on_cpu = workloads(args)
     named = [registry.check_name(name) for name in args.backends or []]
-    attention = infer_attention(args.model, [registry.attention_kinds(name) for name in named])
+    model = args.model or getattr(args, "models", (None,))[0]
+    attention = infer_attention(model, [registry.attention_kinds(name) for name in named])
     backends = named or [name for name in registry.names() if attention in registry.attention_kinds(name)]
     wrong = [name for name in backends if attention not in registry.attention_kinds(name)]
     if wrong:
         raise ValueError(f"--backends: {wrong[0]} computes no {attention} attention")
     advice: list[Advice] = []
     with open_rows(args, NAME, "Which backend, with which settings, for each workload?") as rows:
-        todo = batches(args, cpu=rows.device.name == "cpu")
+        todo = on_cpu if rows.device.name == "cpu" else on_gpu
         reasons: dict[str, str] = {}
         for spec, name in todo.items():
             there = [backend for backend in backends if backend not in reasons]
