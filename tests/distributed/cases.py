@@ -5,7 +5,6 @@ They run in processes that are started once for all of them.
 
 import itertools
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Iterator
@@ -254,6 +253,9 @@ def tables_may_end_before_what_others_keep(mesh: DeviceMesh, folder: Path) -> No
         assert slots.tolist() == here
     with pytest.raises(ValueError, match="for attn_impl 'fused'"):
         cache.write(0, pages[:, :1, :RANK], pages[:, :1, RANK:])
+    for wrong in (lambda: cache.read(2, 1), lambda: cache.gather(2, 0, 1)):
+        with pytest.raises(ValueError, match="without gradients"):
+            wrong()
     with pytest.raises(ValueError, match="one dimension, got None"):
         ShardedLatentCache(pages, table, RANK, torch.float64)
     with pytest.raises(ValueError, match="the float8 cache"):
@@ -293,14 +295,16 @@ def run_all(folder: Path, timeout: float) -> int:
 SHORT = 6.0
 
 
-def lose_a_rank(victim: int, waiting: bool, words: Path) -> int:
-    """One rank is killed; the others wait for it in a collective, or do not."""
+def lose_a_rank(victim: int, number: int, waiting: bool, words: Path) -> int:
+    """One rank gets a signal; the others wait for it in a collective, or do not."""
     say_to(words)
     with process_group("cpu", timeout=SHORT) as here:
-        dist.barrier()
-        if here.rank == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if waiting:
+        pids = torch.zeros(here.size, dtype=torch.int64)
+        pids[here.rank] = os.getpid()
+        dist.all_reduce(pids)
+        if here.rank == (victim + 1) % here.size:
+            os.kill(int(pids[victim]), number)
+        elif here.rank == victim or waiting:
             dist.all_reduce(torch.ones(3))
         threading.Event().wait()
     return 0

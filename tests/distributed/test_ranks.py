@@ -4,6 +4,7 @@ A group is started once for all cases of its size: that takes longer than they d
 """
 
 import re
+import signal
 
 import pytest
 
@@ -25,23 +26,32 @@ def test_ranks_agree_with_one(ranks, tmp_path):
     assert code == 0
 
 
-# The first rank, which serves no other as a meeting point, and the last; waiting for another or busy with themselves.
-@pytest.mark.parametrize(("victim", "waiting"), [(0, True), (2, True), (2, False)])
-def test_a_dead_rank_ends_the_others_with_a_line(victim, waiting, capfd, tmp_path):
+# The first rank, which serves no other as a meeting point, and the last; waiting for another or busy with themselves; a
+# rank that its launcher ends, in the middle of a collective.
+@pytest.mark.parametrize(
+    ("victim", "number", "waiting"),
+    [(0, signal.SIGKILL, True), (2, signal.SIGKILL, True), (2, signal.SIGKILL, False), (1, signal.SIGTERM, True)],
+)
+def test_a_dead_rank_ends_the_others_with_a_line(victim, number, waiting, capfd, tmp_path):
     words = tmp_path / "words"
-    code = launch(cases.lose_a_rank, 3, victim, waiting, words, timeout=cases.SHORT)
+    code = launch(cases.lose_a_rank, 3, victim, number, waiting, words, timeout=2 * cases.SHORT)
     assert code == LOST
-    assert capfd.readouterr().err == f"mlakit: rank {victim} was ended by SIGKILL\n"
+    killed = number == signal.SIGKILL
+    assert capfd.readouterr().err == (f"mlakit: rank {victim} was ended by SIGKILL\n" if killed else "")
     lines = words.read_text().splitlines()
-    for rank in {0, 1, 2} - {victim}:
-        (said,) = [line for line in lines if line.startswith(f"mlakit: rank {rank}: ")]
-        if waiting:
-            assert re.search(
-                r"another rank is gone \(.+\); ending$|rank \d has not been heard of for \d+ s; ending$", said
-            )
-        else:
-            assert re.search(rf": rank {victim} has not been heard of for \d+ s; ending$", said)
-    assert len(lines) == 2, lines
+    broken = r"another rank is gone \(.+\)"
+    silent = r"rank \d has not been heard of for \d+ s"
+    for rank in range(3):
+        said = [line for line in lines if line.startswith(f"mlakit: rank {rank}: ")]
+        if rank == victim:
+            assert len(said) == (0 if killed else 1)
+            assert killed or "told to end (SIGTERM)" in said[0]
+            continue
+        assert len(said) == 1, lines
+        assert re.fullmatch(
+            f"mlakit: rank {rank}: ({broken}|{silent}); ending" if waiting else f".*{silent}; ending", said[0]
+        )
+    assert len(lines) == (2 if killed else 3), lines
 
 
 def test_what_a_rank_raises_is_not_hidden(tmp_path):

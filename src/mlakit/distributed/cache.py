@@ -9,6 +9,8 @@ from mlakit.distributed.context import HEADS, context_parallel_decode, local_len
 from mlakit.nn import Args, LatentCache
 from mlakit.nn.caches import Start
 
+_NOT_IN_ONE_PLACE = "a sharded cache is for attn_impl 'fused' without gradients, which attends where the tokens lie"
+
 
 @dataclass
 class ShardedLatentCache(LatentCache):
@@ -16,7 +18,7 @@ class ShardedLatentCache(LatentCache):
 
     Dealt out in turn, so that a growing request stays balanced to a page. A layer of `mlakit.nn` with attn_impl
     "fused" takes it as it takes a `LatentCache`, and then attends with all ranks of the mesh; each rank's layer gets
-    the same tokens, and `filled` and `capacity` count tokens of all ranks.
+    the same tokens, and `filled` and `capacity` count tokens of all ranks, whose tables have as many columns.
 
     Attributes:
         mesh: one-dimensional; every rank of it has a cache for the same requests.
@@ -91,8 +93,16 @@ class ShardedLatentCache(LatentCache):
         return slots.masked_fill_(elsewhere, -1).flatten()
 
     def write(self, start: Start, latent: torch.Tensor, k_pe: torch.Tensor, scale_fmt: str | None = None) -> None:
-        """Not for layers that write as PyTorch does, without skipping what another rank keeps."""
-        raise ValueError("a sharded cache is for attn_impl 'fused', which attends where the tokens lie")
+        """Not for layers that look at all tokens in one place."""
+        raise ValueError(_NOT_IN_ONE_PLACE)
+
+    def read(self, bsz: int, end: int) -> torch.Tensor:
+        """As `write`."""
+        raise ValueError(_NOT_IN_ONE_PLACE)
+
+    def gather(self, bsz: int, begin: int, end: int) -> torch.Tensor:
+        """As `write`; a step that wants a gradient comes here too."""
+        raise ValueError(_NOT_IN_ONE_PLACE)
 
     def local_lens(self, seq_lens: torch.Tensor, q_len: int, causal: bool) -> torch.Tensor:
         """Of the first `seq_lens` tokens, how many lie here: `local_lengths`."""

@@ -2,11 +2,13 @@
 
 import os
 import re
+import select
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+_TOLD = "told to end (SIGTERM), as another rank's launcher does when that one is gone"
 LOST = 4  # exit code of a rank that ends because another one is gone
 TIMEOUT = 60.0
 # What PyTorch raises as a plain RuntimeError when a collective fails; gloo's errors name its own files.
@@ -47,7 +50,7 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator
     CPUs. Started by hand, a process is a group of one.
 
     While the block runs, a rank that dies or stops ends all others within `timeout` seconds: each writes one line to
-    standard error and exits with code 4, also one that waits for the GPU.
+    standard error and exits with code 4, also one that waits for the GPU, and one whose launcher ends it by SIGTERM.
 
     Args:
         device: "cuda", "cpu", or "auto", GPUs where there are any.
@@ -82,7 +85,8 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator
         watch = Watch(store, rank, size, timeout)
         watch.start()
     try:
-        yield Ranks(rank, size, place)
+        with nullcontext() if watch is None else watch.hears_signals():
+            yield Ranks(rank, size, place)
         dist.barrier()
     except dist.DistError as error:
         raise LostRankError(_first_line(error)) from error
@@ -107,13 +111,37 @@ class Watch(threading.Thread):
         super().__init__(name="mlakit-watch", daemon=True)
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._stopped = threading.Event()
+        # Bytes arrive here when a signal does, also while the main thread waits in C where no handler of Python's runs.
+        self._signals, self._signalled = os.pipe()
+        for end in (self._signals, self._signalled):
+            os.set_blocking(end, False)
+
+    @contextmanager
+    def hears_signals(self) -> Iterator[None]:
+        """End with a word on SIGTERM, which is how torchrun ends ranks that another one has left."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handler = signal.signal(signal.SIGTERM, lambda *_: self._end(_TOLD))
+        before = signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            signal.signal(signal.SIGTERM, handler)
 
     def run(self) -> None:
         """Beat, and listen."""
         period = min(1.0, self._timeout / 5)
         heard: dict[int, tuple[bytes, float]] = {}
         beat = 0
-        while not self._stopped.wait(period):
+        due = time.monotonic()
+        while not self._stopped.is_set():
+            if select.select([self._signals], [], [], max(due - time.monotonic(), 0))[0]:
+                if signal.SIGTERM in os.read(self._signals, 64):
+                    self._end(_TOLD)
+                continue
+            due += period
             beat += 1
             try:
                 self._store.set(str(self._rank), str(beat))
@@ -133,8 +161,13 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """Leave without being missed."""
         self._stopped.set()
+        os.write(self._signalled, b"\0")  # wakes the thread
         with suppress(RuntimeError):  # the store is gone before us, and we need it no more
             self._store.set(str(self._rank), "done")
+        self.join(self._timeout)
+        if not self.is_alive():
+            os.close(self._signals)
+            os.close(self._signalled)
 
     def _end(self, reason: str) -> NoReturn:
         end_rank(self._rank, reason)

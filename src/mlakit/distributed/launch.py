@@ -96,4 +96,5 @@ def _child(rank: int, ranks: int, port: int, target: Callable[..., int], args: t
         TORCHELASTIC_USE_AGENT_STORE="True",  # the parent keeps the meeting point, not rank 0
         TORCHELASTIC_RESTART_COUNT="0",
     )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to handle, which ends this process
     sys.exit(run_rank(target, *args))

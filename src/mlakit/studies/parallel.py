@@ -32,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     if is_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device: PyTorch {torch.__version__} sees no GPU here")
     inside = launch.under_torchrun()
-    ranks = _ranks(args, is_cuda, torch.cuda.device_count() if is_cuda else 0, inside)
-    options = parse(args, is_cuda=is_cuda, ranks=ranks)
+    try:
+        ranks = _ranks(args, is_cuda, torch.cuda.device_count() if is_cuda else 0, inside)
+        options = parse(args, is_cuda=is_cuda, ranks=ranks)
+    except ValueError:
+        if inside and os.environ["RANK"] != "0":  # the first says it for all
+            return 2
+        raise
     # Folders are the first rank's, who writes.
     folder, record = args.output_dir or Path(), args.output_json or Path()
     if not inside or os.environ["RANK"] == "0":

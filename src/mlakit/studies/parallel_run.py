@@ -117,6 +117,10 @@ def introduction(here: Ranks, name: str, options: Options, links: dict[str, Link
             f"{name} {seconds(link.latency)} and {rate(link.bandwidth, 'B/s')}" for name, link in links.items()
         )
         lines.append(f"Between ranks, an empty message and the rate of a large one: {each}.")
+    if here.size == 1 and not options.simulate:
+        lines.append(
+            "One rank: there is nothing to divide. --simulate-ranks with a link predicts what more would give."
+        )
     if here.device.type == "cpu":
         lines.append("On a CPU the ranks share its cores and memory: its times say nothing of GPUs.")
     return lines
