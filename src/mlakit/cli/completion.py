@@ -47,7 +47,7 @@ def answer(parser: argparse.ArgumentParser) -> None:
     for action in _actions(parser):
         if action.dest in _VALUES:
             action.completer = _VALUES[action.dest]  # type: ignore[attr-defined] # argcomplete's protocol
-    argcomplete.autocomplete(parser, always_complete_options=False)
+    argcomplete.autocomplete(parser, always_complete_options=False, exit_method=sys.exit)
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
