@@ -10,7 +10,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,19 @@ class CompiledKernel:
     name: str
     registers: int
     shared_bytes: int
-    spills: int  # local loads and stores in the SASS
-    sass: str
+    stack_bytes: int
+    cubin: bytes = field(repr=False)
+
+    @property
+    def spills(self) -> int:
+        """Local loads and stores in the SASS."""
+        # They go to the stack, so that without one there is nothing to look for: disassembling takes a CPU second.
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass)) if self.stack_bytes else 0
+
+    @property
+    def sass(self) -> str:
+        """The instructions."""
+        return _cuobjdump("--dump-sass", self.cubin)
 
 
 class _OfflineDriver:
@@ -95,19 +107,18 @@ def offline(capability: int) -> Iterator[list[CompiledKernel]]:
 
 
 def _inspect(kernel: Any) -> CompiledKernel:
+    cubin = kernel.asm["cubin"]
+    usage = _cuobjdump("--dump-resource-usage", cubin)
+    found = re.search(r"\bREG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of {kernel.metadata.name}'s registers and stack: {usage!r}")
+    return CompiledKernel(kernel.metadata.name, int(found[1]), kernel.metadata.shared, int(found[2]), cubin)
+
+
+@lru_cache(maxsize=64)  # tests compile the same kernel more than once, and ask for its SASS more than once
+def _cuobjdump(what: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        run = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-        run = [str(tool), "--dump-sass", file.name]
-        sass = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"REG:(\d+)", usage)
-    return CompiledKernel(
-        name=kernel.metadata.name,
-        registers=int(registers[1]) if registers else -1,
-        shared_bytes=kernel.metadata.shared,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        sass=sass,
-    )
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
