@@ -1,5 +1,6 @@
 """README and docs leave nothing out and name nothing that is not there; the site builds."""
 
+import importlib
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +16,9 @@ from mlakit.cli import exit_codes
 from mlakit.cli.main import build_parser
 from mlakit.report.documents import update_documents
 from tests.support.documents import DOCUMENTS, ROOT, SOURCE, plan, resolve
+
+# Folders of operations: those with a torch.library schema.
+OPERATIONS = sorted(path.parent.name for path in SOURCE.glob("*/ops.py"))
 
 
 def test_commands_and_names_within_sentences_exist():
@@ -104,13 +109,14 @@ def test_architecture_names_every_folder():
 def test_every_public_name_is_in_the_reference():
     import mlakit
     import mlakit.distributed
-    import mlakit.nn
 
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE)}
-    layer = {name for name in vars(mlakit.nn) if name[0].isupper() and name != "ATTN_IMPLS"}
-    public = {*mlakit.__all__, *mlakit.distributed.__all__, *layer} - {"__version__"}
-    assert public - documented == set()
+    public = {*mlakit.__all__, *mlakit.distributed.__all__}
+    for folder in (*OPERATIONS, "nn", "testing"):  # what their __init__ hands on
+        module = importlib.import_module(f"mlakit.{folder}")
+        public |= {name for name, value in vars(module).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert public - documented - {"__version__", "ATTN_IMPLS"} == set()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
