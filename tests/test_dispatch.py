@@ -121,11 +121,13 @@ def test_which_impl_of_something_else():
         which_impl(abs, 3)
 
 
-# A Hopper GPU that is not there: the choice follows from shapes and the device alone. One request of one head, and many
-# of many.
-@pytest.mark.parametrize(("batch", "heads", "expected"), [(1, 1, "triton"), (64, 128, "hopper")])
-def test_which_impl_of_decode_on_hopper(batch, heads, expected):
+# A Hopper GPU that is not there: the choice follows from shapes and the device alone. DeepSeek's latent, and another,
+# which only the portable kernel takes.
+@pytest.mark.parametrize(("latent_dim", "expected"), [(576, "hopper"), (320, "triton")])
+def test_which_impl_of_decode_on_hopper(latent_dim, expected):
     with pretend(DeviceInfo("cuda", 0, "a Hopper", (9, 0), 132, 50 * 2**20, 2**37)), torch.device("meta"):
-        q, cache = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((batch, 1, heads, 576), (4, 64, 576)))
-        table, lens = torch.empty((batch, 64), dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
-        assert which_impl(mla_decode, q, cache, table, lens, softmax_scale=0.1) == expected
+        shapes = ((64, 1, 128, latent_dim), (4, 64, latent_dim))
+        q, cache = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+        table, lens = torch.empty((64, 64), dtype=torch.int32), torch.empty(64, dtype=torch.int32)
+        found = which_impl(mla_decode, q, cache, table, lens, softmax_scale=0.1, kv_lora_rank=latent_dim - 64)
+    assert found == expected

@@ -35,9 +35,16 @@ def fake_rows(
         limit = LimitRow(flops=1, bytes=1, seconds=found / 2, bound="memory")
         return BenchmarkResult(config=config, timing=timing(found, noise * found), limit=limit)
 
-    def probe(name, dtypes, listener):
-        return Device(device, ENVIRONMENT, {dtype: CEILINGS for kind in dtypes.values() for dtype in kind})
-
-    monkeypatch.setattr("mlakit.studies.bench_rows.probe", probe)
+    fake_device(monkeypatch, device)
     monkeypatch.setattr("mlakit.bench.runner.Meter._measure", measure)
     return measured
+
+
+def fake_device(monkeypatch, device: str) -> None:
+    """From now on studies take a device's word for what it is, and nobody measures its ceilings."""
+
+    def probe(name, dtypes, listener):
+        found = {dtype: {"device": device, "dtype": dtype, **CEILINGS} for kind in dtypes.values() for dtype in kind}
+        return Device(device, ENVIRONMENT, found)
+
+    monkeypatch.setattr("mlakit.studies.bench_rows.probe", probe)

@@ -8,7 +8,7 @@ from mlakit.bench.crossover import Point
 from mlakit.bench.results import Record
 from mlakit.cli.main import main
 from mlakit.studies.reorder_threshold import search
-from tests.studies.fake_rows import fake_rows, timing
+from tests.studies.fake_rows import fake_device, fake_rows, timing
 
 STUDY = ("study", "reorder-threshold", "--output-json", "r.json")
 
@@ -173,9 +173,10 @@ def test_mistakes(monkeypatch, capsys, flags, message):
     assert measured == []
 
 
-def test_on_a_cpu_for_real(capsys, tmp_path):
+def test_on_a_cpu_for_real(monkeypatch, capsys, tmp_path):
     """Both pipelines, in a worker, checked and timed."""
-    flags = ("--device", "cpu", "--model", "tiny", "--batch-sizes", "2", "--kv-len", "16", "--q-lens", "1", "8")
+    fake_device(monkeypatch, "cpu")
+    flags = ("--model", "tiny", "--batch-sizes", "2", "--kv-len", "16", "--q-lens", "1", "8")
     assert main([*STUDY, *flags, "--repeats", "2", "--quiet"]) == 0
     rows = Record.load(tmp_path / "r.json").rows
     assert [(row.config.batch_spec, row.modes) for row in rows] == [
