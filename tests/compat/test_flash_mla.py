@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mlakit.compat.flash_mla as flash_mla
+from mlakit.cache import pack_fp8
 from mlakit.decode import mla_decode_reference
 from mlakit.sparse import mla_sparse_decode_reference, mla_sparse_prefill_reference
 from mlakit.testing import PagedCache, random_paged_cache
@@ -76,13 +77,24 @@ def test_older_callers_pass_and_receive_tensors() -> None:
         assert torch.equal(a, b)
 
 
+def test_dense_decode_reads_the_float8_cache_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((3, PAGE, 576), generator=generator)
+    cache = pack_fp8(latents[..., :512], latents[..., 512:])[:, :, None].view(torch.int8)
+    q = torch.randn((1, 2, 3, 576), generator=generator)
+    rest = (torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([40], dtype=torch.int32))
+    out, _ = flash_mla.flash_mla_with_kvcache(q, cache, *rest, 512, is_fp8_kvcache=True, causal=True)
+    expected, _ = mla_decode_reference(q, latents, *rest, softmax_scale=576**-0.5)
+    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+
+
 def test_refusals_name_what_is_wrong() -> None:
     q, cache, paged = make([20])
     inputs = (q, cache, paged.block_table, paged.seq_lens, RANK)
     indices = torch.zeros((1, 2, 4), dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="a second cache is not supported"):
         flash_mla.flash_mla_with_kvcache(*inputs, indices=indices, extra_k_cache=cache)
-    with pytest.raises(NotImplementedError, match="is_fp8_kvcache is for sparse attention"):
+    with pytest.raises(ValueError, match="the float8 cache needs a kv_lora_rank that is a multiple of 128, got 64"):
         flash_mla.flash_mla_with_kvcache(*inputs, is_fp8_kvcache=True)
     with pytest.raises(ValueError, match="causal must be False for sparse attention"):
         flash_mla.flash_mla_with_kvcache(*inputs, indices=indices, causal=True)

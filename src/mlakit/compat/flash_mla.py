@@ -84,7 +84,7 @@ def flash_mla_with_kvcache(
             1/sqrt(192): give it.)
         causal: bottom-right aligned mask; off by default.
         is_fp8_kvcache: the cache is FlashMLA's for sparse decoding, [pages, page_size, 1, 656] of one-byte elements:
-            512 e4m3 codes, 4 float32 scales and 64 bfloat16 rope values a token. With `indices` only.
+            512 e4m3 codes, 4 float32 scales and 64 bfloat16 rope values a token. Here dense decoding reads it too.
         indices: [batch, q_len, topk] int32, page * page_size + offset, -1 for none: attend to these tokens alone
             (sparse decoding; `block_table` and `cache_seqlens` may be None and are not read).
         attn_sink: [num_heads_q] float32, with `indices`: the output is multiplied by
@@ -102,7 +102,7 @@ def flash_mla_with_kvcache(
     Raises:
         ValueError: a wrong shape, dtype or device, more than one key head, no block table or lengths for dense
             attention, a causal mask for sparse.
-        NotImplementedError: a second cache, or an fp8 cache without `indices`.
+        NotImplementedError: a second cache.
     """
     if any(x is not None for x in (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)):
         raise NotImplementedError(
@@ -112,12 +112,14 @@ def flash_mla_with_kvcache(
     if k_cache.ndim != 4 or k_cache.shape[2] != 1:
         raise ValueError(f"k_cache must have shape [pages, page_size, 1, head_dim], got {list(k_cache.shape)}")
     cache, scale = k_cache[:, :, 0], q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if is_fp8_kvcache:
+        cache = cache.view(torch.uint8)
     if indices is not None:
         if causal:
             raise ValueError("causal must be False for sparse attention (indices given), got True")
         result, lse = mla_sparse_decode(
             q,
-            cache.view(torch.uint8) if is_fp8_kvcache else cache,
+            cache,
             indices,
             softmax_scale=scale,
             kv_lora_rank=head_dim_v,
@@ -126,8 +128,6 @@ def flash_mla_with_kvcache(
             out=out,
         )
         return result, _plus_inf_if_empty(lse).transpose(1, 2).contiguous()
-    if is_fp8_kvcache:
-        raise NotImplementedError("flash_mla_with_kvcache: is_fp8_kvcache is for sparse attention; give indices")
     if attn_sink is not None or topk_length is not None:
         raise ValueError("attn_sink and topk_length must be None for dense attention (no indices)")
     if block_table is None or cache_seqlens is None:
