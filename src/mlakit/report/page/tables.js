@@ -46,6 +46,7 @@ function drawFastest(jobs) {
         dot,
         ...breakable(best.backend),
         ties.length ? make("small", {}, `within its interval: ${ties.map((row) => row.backend).join(", ")}`) : null,
+        timed(rows).length === 1 ? make("small", {}, "the only one with a time") : null,
       ),
       make("td", { className: "number" }, time(best.time), make("small", {}, interval(best))),
       make(
@@ -195,7 +196,8 @@ function drawRows(jobs) {
       return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
     });
   }
-  const bests = new Set(jobs.map((job) => byTime(rowsOf(job))[0]));
+  const several = jobs.map((job) => byTime(rowsOf(job))).filter((mine) => mine.length > 1);
+  const bests = new Set(several.map((mine) => mine[0]));
   const head = columns.map((column) => {
     const index = COLUMNS.indexOf(column),
       sorted = chosen.sort?.column === index;
