@@ -75,7 +75,7 @@ def _part_of_scores(
 @gluon.jit
 def _scores(
     queries, q_rope, keys, ropes, full, phase, zero, layout: gl.constexpr, TILE: gl.constexpr, ROPE: gl.constexpr,
-    PARTS: gl.constexpr, ORDER: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """Q K^T of a tile: the half of the columns that is filled first, then the other one and the rope part."""
     s = gl.zeros([64, 64], gl.float32, layout)
@@ -86,8 +86,6 @@ def _scores(
             mbarrier.wait(full.index((2 * TILE + 1 - TILE) * PARTS), phase)
             s = warpgroup_mma(q_rope.index(zero), ropes.index(zero + TILE).permute((1, 0)), s, is_async=True)
         s = _part_of_scores(s, queries, keys, full, phase, zero, TILE, 1 - TILE, i, PARTS, True)
-    if ORDER == 2 and TILE == 0:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.u32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1)
     return warpgroup_mma_wait(0, [s])
 
 
@@ -170,11 +168,7 @@ def _attend(
             k_ar = keys.index(z + 1)
             k_bl = keys.index(z + 2)
             k_br = keys.index(z + 3)
-            if ORDER == 2 and W == 1:  # the left one's product first
-                gl.inline_asm_elementwise(
-                    "bar.sync 8, 256; mov.u32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1
-                )
-            s = _scores(queries, q_rope, keys, ropes, full, phase, z, score, W, ROPE, PARTS, ORDER)
+            s = _scores(queries, q_rope, keys, ropes, full, phase, z, score, W, ROPE, PARTS)
             if pair == last - 1:
                 mbarrier.arrive(empty_q, count=1)
             mbarrier.wait(full_b.index(W), phase)
@@ -332,8 +326,8 @@ def _attend(
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
 @gluon.jit(
     do_not_specialize=[
-        "stride_ib", "stride_is", "stride_ih", "stride_lb", "stride_ls", "items", "q_len", "heads", "group",
-        "row_tiles", "topk", "s_kv", "splits", "zero",
+        "stride_qb", "stride_qs", "stride_qh", "stride_kp", "stride_kh", "stride_ib", "stride_is", "stride_ih",
+        "stride_lb", "stride_ls", "items", "q_len", "heads", "group", "row_tiles", "topk", "s_kv", "splits", "zero",
     ]
 )  # fmt: skip
 def _mla_sparse_hopper_kernel(
