@@ -97,7 +97,7 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator
     finally:
         if watch is not None:
             watch.stop()
-        if sys.exc_info()[0] is None:
+        if alone or sys.exc_info()[0] is None:  # else others may wait, and this would wait for them
             dist.destroy_process_group()
 
 

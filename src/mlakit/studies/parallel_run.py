@@ -1,6 +1,7 @@
 """The study `parallel` in a rank: what every one of them does, and what the first one writes."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mlakit.bench.environment import describe_environment
 from mlakit.bench.limits import measure_ceilings
@@ -31,10 +33,12 @@ from mlakit.studies.parallel_parts import (
     traffic,
     whole_layer,
 )
-from mlakit.studies.parallel_report import Plan, Row, findings, groups, header, plan_of, table
+from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, groups, header, plan_of, table
 from mlakit.testing import compare
 
 SCHEMA = "mlakit.parallel/1"
+COLLECTIVES = ("all_to_all", "all_gather", "all_reduce")
+# Elements of bfloat16 that go from one rank to another.
 _SMALL, _LARGE, _LARGE_CPU = 1024, 2**26, 2**22
 
 
@@ -69,15 +73,13 @@ def _run(here: Ranks, options: Options, folder: Path, record_path: Path) -> int:
     free_memory()
     with Clock(here, options.mode, "hot", 20) as clock:
         measured = measure_links(here, clock) if here.size > 1 else {}
-    links = measured or dict.fromkeys(("all_to_all", "all_gather", "all_reduce"), options.link or Link(0.0, 1.0))
+    links = measured or (dict.fromkeys(COLLECTIVES, options.link) if options.link else {})
     # The slowest GPU's: it is the one that a limit of all must hold for.
     record["ceilings"] = ceilings[0] and {
         key: min(one[key] for one in ceilings) if isinstance(value, float) else value
         for key, value in ceilings[0].items()
     }
-    record["links"] = (
-        {name: asdict(link) for name, link in (measured or links).items()} if here.size > 1 or options.link else {}
-    )
+    record["links"] = {name: asdict(link) for name, link in links.items()}
     record["links_measured"] = bool(measured)
     rows: list[Row] = []
 
@@ -128,12 +130,10 @@ def introduction(here: Ranks, name: str, options: Options, links: dict[str, Link
 
 def measure_links(here: Ranks, clock: Clock) -> dict[str, Link]:
     """Of each collective that the plans use: seconds of a message of 2 KiB, and bytes a second that leave a rank."""
-    import torch.distributed as dist
-
     mesh = mesh_of(here.device.type, 1, here.size)["cp"]
     large = _LARGE if here.device.type == "cuda" else _LARGE_CPU
     found = {}
-    for name in ("all_to_all", "all_gather", "all_reduce"):
+    for name in COLLECTIVES:
         times = []
         for size in (_SMALL, large):
             buffer = torch.zeros(here.size * size, dtype=torch.bfloat16, device=here.device)
@@ -320,10 +320,7 @@ def _time_parts(study: Study, row: Row, batch: Batch) -> None:
 
 def finish(rows: Sequence[Row], record: dict[str, Any], folder: Path, record_path: Path) -> None:
     """Findings, files beside the record, and where they are."""
-    import sys
-
-    from mlakit.studies.parallel_plot import plot
-    from mlakit.studies.parallel_report import csv_text
+    from mlakit.studies.parallel_plot import plot  # which loads Matplotlib, that only the first rank needs
 
     print("\nFindings:")
     print("\n".join(f"  - {line}" for line in findings(rows)) or "  none")
