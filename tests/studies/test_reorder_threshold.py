@@ -109,7 +109,7 @@ def test_the_study(monkeypatch, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert "deepseek-v3, 16 heads, bf16, on a made-up GPU, 1024 keys, scope pipeline" in out
     assert "flashmla: not available: needs compute capability 9.0" in out
-    assert "2 of 2 curves change once, at a q_len known to within" in out
+    assert "the faster pipeline changes once on 2 of 2 curves, at a q_len known to within" in out
     # Each batch size's own threshold, and one for both: between them, where the loss is the same on either side.
     record = Record.load(tmp_path / "r.json")
     assert record.complete

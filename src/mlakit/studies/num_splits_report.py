@@ -115,7 +115,7 @@ def findings(choices: Sequence[Choice]) -> list[str]:
         costs = [0.0 if choice.is_tie else choice.cost or 0.0 for choice in mine]
         lines.append(
             f"{backend}: auto costs at most {percent(worst)} ({where.spec}, where {name} {where.best} is best), "
-            f"{percent(median(costs))} in the middle; it is as fast as the best on {len(mine) - len(lost)} of "
+            f"{percent(median(costs))} in the median; it is as fast as the best on {len(mine) - len(lost)} of "
             f"{len(mine)} batches"
         )
         better = ", ".join(f"{choice.spec}: {choice.best} ({percent(cost)})" for cost, choice in lost)

@@ -89,9 +89,10 @@ def _sureness(curves: Sequence[Curve]) -> str:
     parts = []
     if known:
         within = percent(max(known)) if max(known) < 1 else f"a factor of {max(known) + 1:.0f}"
-        parts.append(f"{len(known)} of {len(curves)} curves change once, at a q_len known to within {within}")
+        of = f"{len(known)} of {len(curves)} curves"
+        parts.append(f"the faster pipeline changes once on {of}, at a q_len known to within {within}")
     if open_ended:
-        parts.append(f"{len(open_ended)} do not change within the lengths measured")
+        parts.append(f"on {len(open_ended)} of {len(curves)} it does not change within the lengths measured")
     if folded:
         sizes = ", ".join(str(curve.batch_size) for curve in folded)
         parts.append(f"at batch size {sizes} the faster one changes to and fro: no threshold is right there")
