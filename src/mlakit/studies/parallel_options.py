@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout",
         metavar="S",
-        default=str(TIMEOUT),
+        default=f"{TIMEOUT:g}",
         help="seconds after which a rank that is not heard of ends the others (default: %(default)s)",
     )
     group.add_argument(
