@@ -59,6 +59,7 @@ def test_the_reference_multiplies_by_the_scales(
     ("change", "message"),
     [
         ({"q_scale": 2.0}, r"q_scale must be 1 where there is no tensor of torch\.float8_e4m3fn to multiply, got 2\.0"),
+        ({"kv_scale": torch.ones(1)}, r"kv_scale must be a number, got a tensor of shape \[1\]"),
         ({"kv_scale": 0.0}, "kv_scale must be positive and finite, got 0"),
         ({"kv_scale": float("nan")}, "kv_scale must be positive and finite, got nan"),
         ({"q": torch.zeros(1, 1, 3, 144).to(E4M3), "cache": torch.zeros(2, 16, 144)}, "cache must be .*e4m3.*float32"),

@@ -60,6 +60,8 @@ def test_caches_that_are_no_matrix_are_refused() -> None:
     assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 580), dtype=q.dtype)[..., :576]) or "")
     assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 584), dtype=q.dtype)[..., 4:580]) or "")
     assert why(q, torch.empty((3, 64, 640), dtype=q.dtype)[..., :576]) is None  # keys further apart are fine
+    small = torch.empty((3, 64, 576), dtype=torch.float8_e4m3fn)
+    assert why(q, small) == "needs a cache of q's dtype torch.bfloat16, got torch.float8_e4m3fn"
     many = torch.empty((1025, 1, 16, 576), dtype=q.dtype, device="meta")
     assert why(many, torch.empty((3, 64, 576), dtype=q.dtype)) == "needs at most 1024 requests, got 1025"
     assert "at least one page" in (why(q, torch.empty((0, 64, 576), dtype=q.dtype)) or "")

@@ -174,6 +174,8 @@ def _validate(
         raise ValueError(f"cache must have a page size of at least 1, got shape {list(cache.shape)}")
     check_dtype("cache", cache, *((_E4M3,) if q.dtype == _E4M3 else (q.dtype, _E4M3, torch.uint8)))
     for name, scale, codes in (("q_scale", q_scale, q), ("kv_scale", kv_scale, cache)):
+        if isinstance(scale, torch.Tensor):  # to look at it would wait for the GPU
+            raise ValueError(f"{name} must be a number, got a tensor of shape {list(scale.shape)}")
         if not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {scale}")
         if scale != 1 and codes.dtype != _E4M3:
