@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlakit.dispatch import which_impl
 from mlakit.hardware import DeviceInfo, pretend
 from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill
 from mlakit.sparse.hopper_config import HopperConfig, choose_config, is_faster_than_triton, refusal
@@ -23,31 +24,50 @@ def decode_inputs(heads: int = 128, dtype: torch.dtype = BF16, cache: torch.dtyp
     return q, torch.empty((5, 64, 656 if cache == FP8 else 576), dtype=cache), out
 
 
+def why(q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str | None:
+    return refusal(q, keys, out.shape[-1], out)
+
+
 @pytest.mark.parametrize("heads", [1, 16, 65, 128])
 def test_what_they_take(heads: int) -> None:
     for d in (512, 576):
         for dtype in (BF16, FP16):
-            assert refusal(*prefill_inputs(heads, d, dtype=dtype)) is None
-    assert refusal(*decode_inputs(heads)) is None
-    assert refusal(*decode_inputs(heads, FP16, FP16)) is None
+            assert why(*prefill_inputs(heads, d, dtype=dtype)) is None
+    assert why(*decode_inputs(heads)) is None
+    assert why(*decode_inputs(heads, FP16, FP16)) is None
 
 
 def test_what_they_refuse() -> None:
-    assert refusal(*prefill_inputs(d=320, rank=256)) == "needs values of 512 and keys of 512 or 576, got 256 and 320"
-    assert "needs bfloat16 or float16, got torch.float32" in str(refusal(*prefill_inputs(dtype=torch.float32)))
-    assert "needs bfloat16 queries for the float8 cache" in str(refusal(*decode_inputs(dtype=FP16)))
+    assert why(*prefill_inputs(d=320, rank=256)) == "needs values of 512 and keys of 512 or 576, got 256 and 320"
+    assert "needs bfloat16 or float16, got torch.float32" in str(why(*prefill_inputs(dtype=torch.float32)))
+    assert "needs bfloat16 queries for the float8 cache" in str(why(*decode_inputs(dtype=FP16)))
     q, kv, out = prefill_inputs()
-    assert "needs keys aligned to 16 bytes" in str(refusal(q, torch.empty((10, 1, 580), dtype=BF16)[..., :576], out))
-    assert "needs queries aligned to 16 bytes" in str(refusal(torch.empty((3, 128, 577), dtype=BF16)[..., 1:], kv, out))
-    assert "needs at least one key" in str(refusal(q, kv[:0], out))
+    assert "needs keys aligned to 16 bytes" in str(why(q, torch.empty((10, 1, 580), dtype=BF16)[..., :576], out))
+    assert "needs queries aligned to 16 bytes" in str(why(torch.empty((3, 128, 577), dtype=BF16)[..., 1:], kv, out))
+    assert "needs at least one key" in str(why(q, kv[:0], out))
     q, cache, out = decode_inputs()
     shifted = torch.empty(5 * 64 * 656 + 8, dtype=FP8)[8:].view(5, 64, 656)
-    assert "needs keys aligned to 16 bytes" in str(refusal(q, shifted, out))
+    assert "needs keys aligned to 16 bytes" in str(why(q, shifted, out))
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run: it needs an NVIDIA GPU, got tensors on cpu"):
         mla_sparse_decode(q, cache, torch.zeros((3, 2, 7), dtype=torch.int32), softmax_scale=1.0, impl="hopper")
     q, kv, _ = prefill_inputs(4)
     with pytest.raises(ValueError, match="unknown impl 'gluon'; expected one of reference, triton, hopper"):
         mla_sparse_prefill(q, kv, torch.zeros((3, 1, 7), dtype=torch.int32), softmax_scale=1.0, impl="gluon")
+
+
+def test_which_impl() -> None:
+    q, cache, _ = decode_inputs(4)
+    indices = torch.zeros((3, 2, 7), dtype=torch.int32)
+    assert which_impl(mla_sparse_decode, q, cache, indices, softmax_scale=1.0) == "reference"
+    with pytest.raises(RuntimeError, match="cannot run: it needs an NVIDIA GPU"):
+        which_impl(mla_sparse_decode, q, cache, indices, softmax_scale=1.0, impl="hopper")
+    with pytest.raises(ValueError, match="indices must have shape"):
+        which_impl(mla_sparse_decode, q, cache, indices[:2], softmax_scale=1.0)
+    q, kv, _ = prefill_inputs(4)
+    indices = torch.zeros((3, 1, 7), dtype=torch.int32)
+    assert which_impl(mla_sparse_prefill, q, kv, indices, softmax_scale=1.0) == "reference"
+    with pytest.raises(RuntimeError, match="it has no gradient"):
+        which_impl(mla_sparse_prefill, q.requires_grad_(), kv, indices, softmax_scale=1.0, impl="hopper")
 
 
 def test_which_is_taken() -> None:

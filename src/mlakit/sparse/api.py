@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from mlakit.cache import fp8_row_bytes
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose, unobserved
+from mlakit.dispatch import (
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+    choose,
+    chooses,
+    unobserved,
+)
 from mlakit.sparse import ops
 from mlakit.sparse.reference import mla_sparse_decode_reference, mla_sparse_prefill_reference
 
@@ -55,20 +63,7 @@ def mla_sparse_prefill(
     The reference alone has gradients. Source: DeepSeek-V3.2-Exp, section 2.1; FlashMLA's `flash_mla_sparse_fwd` for the
     options.
     """
-    check_shape("q", q, ("s_q", "h_q", "d_qk"))
-    s_q, h_q, d_qk = q.shape
-    check_shape("kv", kv, ("s_kv", "h_kv", d_qk))
-    h_kv = kv.shape[1]
-    if h_q < 1 or h_kv < 1 or h_q % h_kv:
-        raise ValueError(f"kv must have a number of heads that divides q's {h_q}, got {h_kv}")
-    if not 1 <= d_v <= d_qk:
-        raise ValueError(f"d_v must be from 1 to q's last dimension {d_qk}, got {d_v}")
-    check_shape("indices", indices, (s_q, h_kv, "topk"))
-    _check_common(q, "kv", kv, indices, attn_sink, (s_q, h_q, d_v), out)
-    if topk_length is not None:
-        check_shape("topk_length", topk_length, (s_q,))
-        _check_topk_length(topk_length, q.device)
-
+    _validate_prefill(q, kv, indices, d_v, attn_sink, topk_length, out)
     inputs = (q, kv, indices)
     options: tuple[Any, ...] = (float(softmax_scale), d_v, attn_sink, topk_length, impl)
     if torch.is_grad_enabled() and _wants_gradient(q, kv, attn_sink):
@@ -132,6 +127,98 @@ def mla_sparse_decode(
 
     The reference alone has gradients. Source: DeepSeek-V3.2-Exp, section 2.1; FlashMLA for the cache and the options.
     """
+    _validate_decode(q, cache, indices, kv_lora_rank, attn_sink, topk_length, num_splits, out)
+    inputs = (q, cache, indices)
+    options: tuple[Any, ...] = (float(softmax_scale), kv_lora_rank, attn_sink, topk_length, num_splits, impl)
+    if torch.is_grad_enabled() and _wants_gradient(q, cache, attn_sink):
+        _refuse_gradient("mla_sparse_decode", out, impl)
+        return mla_sparse_decode_reference(
+            *inputs,
+            softmax_scale=softmax_scale,
+            kv_lora_rank=kv_lora_rank,
+            attn_sink=attn_sink,
+            topk_length=topk_length,
+        )
+    direct = _is_direct(q, cache, indices, attn_sink, topk_length, out)
+    if out is None:
+        return (ops.decode if direct else torch.ops.mlakit.mla_sparse_decode)(*inputs, *options)
+    into = ops.decode_out if direct else torch.ops.mlakit.mla_sparse_decode_out
+    return out, into(*inputs, out, *options)
+
+
+@chooses(mla_sparse_prefill)
+def _which_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    softmax_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> str:
+    _validate_prefill(q, kv, indices, d_v, attn_sink, topk_length, out)
+    if torch.is_grad_enabled() and _wants_gradient(q, kv, attn_sink):
+        return _refuse_gradient("mla_sparse_prefill", out, impl)
+    return ops.choose_impl("mla_sparse_prefill", impl, q, kv, d_v, out)
+
+
+@chooses(mla_sparse_decode)
+def _which_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> str:
+    _validate_decode(q, cache, indices, kv_lora_rank, attn_sink, topk_length, num_splits, out)
+    if torch.is_grad_enabled() and _wants_gradient(q, cache, attn_sink):
+        return _refuse_gradient("mla_sparse_decode", out, impl)
+    return ops.choose_impl("mla_sparse_decode", impl, q, cache, kv_lora_rank, out)
+
+
+def _validate_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    check_shape("q", q, ("s_q", "h_q", "d_qk"))
+    s_q, h_q, d_qk = q.shape
+    check_shape("kv", kv, ("s_kv", "h_kv", d_qk))
+    h_kv = kv.shape[1]
+    if h_q < 1 or h_kv < 1 or h_q % h_kv:
+        raise ValueError(f"kv must have a number of heads that divides q's {h_q}, got {h_kv}")
+    if not 1 <= d_v <= d_qk:
+        raise ValueError(f"d_v must be from 1 to q's last dimension {d_qk}, got {d_v}")
+    check_shape("indices", indices, (s_q, h_kv, "topk"))
+    _check_common(q, "kv", kv, indices, attn_sink, (s_q, h_q, d_v), out)
+    if topk_length is not None:
+        check_shape("topk_length", topk_length, (s_q,))
+        _check_topk_length(topk_length, q.device)
+
+
+def _validate_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    num_splits: int | None,
+    out: torch.Tensor | None,
+) -> None:
     check_shape("q", q, ("batch", "q_len", "num_heads", "latent_dim"))
     batch, q_len, heads, latent_dim = q.shape
     if q_len < 1 or heads < 1:
@@ -150,23 +237,6 @@ def mla_sparse_decode(
         _check_topk_length(topk_length, q.device)
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits must be None or at least 1, got {num_splits}")
-
-    inputs = (q, cache, indices)
-    options: tuple[Any, ...] = (float(softmax_scale), kv_lora_rank, attn_sink, topk_length, num_splits, impl)
-    if torch.is_grad_enabled() and _wants_gradient(q, cache, attn_sink):
-        _refuse_gradient("mla_sparse_decode", out, impl)
-        return mla_sparse_decode_reference(
-            *inputs,
-            softmax_scale=softmax_scale,
-            kv_lora_rank=kv_lora_rank,
-            attn_sink=attn_sink,
-            topk_length=topk_length,
-        )
-    direct = _is_direct(q, cache, indices, attn_sink, topk_length, out)
-    if out is None:
-        return (ops.decode if direct else torch.ops.mlakit.mla_sparse_decode)(*inputs, *options)
-    into = ops.decode_out if direct else torch.ops.mlakit.mla_sparse_decode_out
-    return out, into(*inputs, out, *options)
 
 
 def _check_common(
@@ -206,11 +276,11 @@ def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _refuse_gradient(operation: str, out: torch.Tensor | None, impl: str | None) -> None:
+def _refuse_gradient(operation: str, out: torch.Tensor | None, impl: str | None) -> str:
     if out is not None:
         raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
     reason = "it has no gradient, and an input requires one (torch.no_grad() would turn that off)"
-    choose(operation, impl, {"reference": None, "triton": reason, "hopper": reason})
+    return choose(operation, impl, {"reference": None, "triton": reason, "hopper": reason})
 
 
 def _is_direct(*tensors: torch.Tensor | None) -> bool:

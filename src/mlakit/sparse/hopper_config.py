@@ -36,11 +36,11 @@ def choose_config(fp8: bool) -> HopperConfig:
     return HopperConfig(200, 104, 1) if fp8 else HopperConfig()
 
 
-def refusal(q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str | None:
+def refusal(q: torch.Tensor, keys: torch.Tensor, d_v: int, out: torch.Tensor | None = None) -> str | None:
     """Why the kernels cannot run these inputs on a Hopper, None if they can. What is checked for all implementations is
     not checked again. `keys`: [s_kv, key heads, d], or a cache [pages, page_size, d or bytes].
     """
-    latent, rank = q.shape[-1], out.shape[-1]
+    latent = q.shape[-1]
     if keys.dtype == torch.uint8:
         if q.dtype != torch.bfloat16:
             return f"needs bfloat16 queries for the float8 cache, got {q.dtype}"
@@ -49,9 +49,9 @@ def refusal(q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str | Non
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"needs bfloat16 or float16, got {q.dtype}"
         widths = (RANK, RANK + ROPE)
-    if rank != RANK or latent not in widths:
-        return f"needs values of {RANK} and keys of {' or '.join(map(str, widths))}, got {rank} and {latent}"
-    if keys.numel() == 0 or out.numel() == 0:
+    if d_v != RANK or latent not in widths:
+        return f"needs values of {RANK} and keys of {' or '.join(map(str, widths))}, got {d_v} and {latent}"
+    if keys.numel() == 0 or q.numel() == 0:
         return "needs at least one key and one query, got none"
     unit = 16 // keys.element_size()
     if keys.data_ptr() % 16 or any(stride % unit for stride in keys.stride()[:2]):
@@ -63,7 +63,7 @@ def refusal(q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str | Non
         return f"needs queries aligned to 16 bytes, got strides {list(q.stride())} from {q.data_ptr() % 16} mod 16"
     if q.numel() // latent * (1 if q.ndim == 3 else 64) >= 2**31:
         return f"needs fewer than 2**31 query rows, times 64 pieces in decoding, got {q.numel() // latent}"
-    if out.stride(-2) >= 2**24:
+    if out is not None and out.stride(-2) >= 2**24:
         return f"needs heads of out less than 2**24 elements apart, got {out.stride(-2)}"
     return None
 

@@ -47,7 +47,7 @@ def prefill_out(
     topk_length: torch.Tensor | None,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = _choose("mla_sparse_prefill", impl, q, kv, out)
+    chosen = choose_impl("mla_sparse_prefill", impl, q, kv, d_v, out)
     if chosen == "reference":
         result, max_logits, lse = mla_sparse_prefill_reference(
             q, kv, indices, softmax_scale=softmax_scale, d_v=d_v, attn_sink=attn_sink, topk_length=topk_length
@@ -97,7 +97,7 @@ def decode_out(
     num_splits: int | None,
     impl: str | None,
 ) -> torch.Tensor:
-    chosen = _choose("mla_sparse_decode", impl, q, cache, out)
+    chosen = choose_impl("mla_sparse_decode", impl, q, cache, kv_lora_rank, out)
     if chosen == "reference":
         result, lse = mla_sparse_decode_reference(
             q,
@@ -127,12 +127,14 @@ def decode_out(
     return lse
 
 
-def _choose(operation: str, impl: str | None, q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> str:
-    """The implementation to run, fastest first where none is named."""
-    hopper = _hopper_reason(str(q.device)) or hopper_config.refusal(q, keys, out)
+def choose_impl(
+    operation: str, impl: str | None, q: torch.Tensor, keys: torch.Tensor, d_v: int, out: torch.Tensor | None
+) -> str:
+    """The implementation to run, the fastest where none is named."""
+    hopper = _hopper_reason(str(q.device)) or hopper_config.refusal(q, keys, d_v, out)
     if hopper is None and (impl == "hopper" or (impl is None and hopper_config.is_faster_than_triton(q, keys))):
         return "hopper"
-    triton = why_not_triton(str(q.device)) or _input_reason(q, keys, out.shape[-1])
+    triton = why_not_triton(str(q.device)) or _input_reason(q, keys, d_v)
     if not q.is_cuda:  # there Triton can only be interpreted, which is for tests
         return choose(operation, impl, {"reference": None, "triton": triton, "hopper": hopper})
     return choose(operation, impl, {"triton": triton, "hopper": hopper, "reference": None})
