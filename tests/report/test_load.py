@@ -77,6 +77,7 @@ def test_operations_in_float8_have_no_ceiling_in_bfloat16():
         ({"record_schema": "mlakit.bench/1", "name": "x"}, "malformed record"),
         ({"schema": "mlakit.speed/1", "environment": {}, "rows": [{"impl": "x"}]}, "malformed record of schema"),
         ({"schema": "mlakit.layers/1", "environment": {}}, "malformed record of schema mlakit.layers/1: KeyError: "),
+        ({"schema": "mlakit.speed/1", "environment": None, "rows": []}, "environment: expected an object, got None"),
         ({"schema": ["a", "list"]}, "its schema is"),
         ({"a": 1}, "is no record of mlakit's: it names no schema"),
         ([1, 2], "is no record of mlakit's"),
@@ -101,3 +102,20 @@ def test_missing_and_unreadable_files(tmp_path):
         load_record(tmp_path / "bytes.json")
     with pytest.raises(ValueError, match="at least one record"):
         load_records([])
+
+
+def test_what_is_no_number_is_no_time(tmp_path):
+    nothing = {"median_s": float("nan"), "ci95_s": None, "tb_per_s": float("inf")}
+    content = {"schema": "mlakit.speed/1", "environment": {}, "rows": [{"op": "x", "impl": "y", "row": "z", **nothing}]}
+    (row,) = load_record(write(tmp_path / "a.json", content)).rows
+    assert (row.seconds, row.bytes, row.status) == (None, None, "no time")
+
+
+def test_a_device_without_a_name(tmp_path):
+    for environment, name in (
+        ({}, "unknown device"),
+        ({"device": "a GPU"}, "a GPU"),
+        ({"device": {}}, "unknown device"),
+    ):
+        content = {"schema": "mlakit.speed/1", "environment": environment, "rows": []}
+        assert load_record(write(tmp_path / "a.json", content)).sessions[0].device == name

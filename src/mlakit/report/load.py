@@ -46,7 +46,9 @@ class Session:
     @property
     def device(self) -> str:
         """The device's name."""
-        return str((self.environment.get("device") or {}).get("name") or "unknown device")
+        device = self.environment.get("device")
+        name = device.get("name") if isinstance(device, Mapping) else device
+        return str(name or "unknown device")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def dtype_name(name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN: no number was measured
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -205,6 +207,8 @@ def _ceilings(found: Mapping[str, Any]) -> Ceilings:
 
 
 def _session(content: Mapping[str, Any]) -> Session:
+    if not isinstance(content["environment"], Mapping):
+        raise ValueError(f"environment: expected an object, got {content['environment']!r}")
     ceilings = [_ceilings(content["ceilings"])] if content.get("ceilings") else []
     if content["schema"] == "mlakit.tuning/1":
         environment = {"device": {"name": content["device"]}, "torch": content["torch"], "triton": content["triton"]}
