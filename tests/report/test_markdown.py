@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from markdown_it import MarkdownIt
 
-from mlakit.report.grid import TableOptions
+from mlakit.cli.main import main
+from mlakit.cli.report import _VALUES
+from mlakit.report.grid import Shown, TableOptions
 from mlakit.report.load import LoadedRecord, Measurement, Session, load_records
 from mlakit.report.markdown import escape, markdown_report
 
@@ -203,6 +206,23 @@ def test_ways_to_time_are_columns(tmp_path):
     (tmp_path / "timing.json").write_text(json.dumps(content))
     text = markdown_report(load_records([tmp_path / "timing.json"]))
     assert table(text) == [["µs", "profiler", "graph"], ["decode", "**10.0**", "20.0"]]
+
+
+def test_the_command(capsys):
+    layer = str(Path(__file__).parents[2] / "results" / "h200" / "layer.json")
+    assert main(["report", layer, "--markdown", "--operations", "layer", "--value", "memory"]) == 0
+    printed = capsys.readouterr()
+    assert table(printed.out)[0][:2] == ["MiB", "fused"]
+    assert printed.err == ""
+    assert get_args(Shown) == _VALUES
+    for words, message in (
+        (["report", layer, "--value", "memory"], "--operations and --value go with --markdown"),
+        (["report", layer, "--markdown", "--operations", "decode"], "no operation 'decode'; there are: layer"),
+        (["report", "--update", "README.md", "--value", "host"], "--update takes all else from the documents' markers"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_VALUES = ("time", "host", "limit", "tflops", "bandwidth", "memory", "conclusions")
 _EXAMPLES = """\
 examples:
   mlakit report mlakit-runs/quickstart-20261122-101500 -o report.html
   mlakit report results/h200/*.json -o h200.html --baseline flash_mla
   mlakit report before.json after.json --markdown > tables.md
+  mlakit report results/h200/layer.json --markdown --value memory
   mlakit report results/h200/dense_decode.json --plot plots --baseline flash_mla
   mlakit report --update README.md docs/kernels.md --check
 
@@ -37,6 +39,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--baseline", metavar="BACKEND", help="what speed-ups refer to (default: the fastest other)")
     parser.add_argument("--title", metavar="TEXT", help="the page's head line")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    parser.add_argument("--operations", nargs="+", metavar="NAME", help="with --markdown: these alone")
+    parser.add_argument("--value", choices=_VALUES, help="with --markdown: what cells hold (default: time)")
     parser.add_argument(
         "--plot", type=Path, metavar="DIR", help="write a PNG for each operation and question into this folder"
     )
@@ -52,11 +56,23 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it."""
     if args.update:
-        if args.records or args.output or args.markdown or args.plot or args.baseline or args.title:
+        others = (
+            args.records,
+            args.output,
+            args.markdown,
+            args.plot,
+            args.baseline,
+            args.title,
+            args.operations,
+            args.value,
+        )
+        if any(others):
             raise ValueError("--update takes all else from the documents' markers; give it documents, and --check")
         return _update(args.update, args.check)
     if args.check:
         raise ValueError("--check goes with --update DOCUMENT")
+    if (args.operations or args.value) and not args.markdown:
+        raise ValueError("--operations and --value go with --markdown")
     from mlakit.report.load import load_records
 
     records = load_records(args.records)
@@ -71,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         from mlakit.report.grid import TableOptions
         from mlakit.report.markdown import markdown_report
 
-        print(markdown_report(records, TableOptions(baseline=(args.baseline,) if args.baseline else ())), end="")
+        baseline = (args.baseline,) if args.baseline else ()
+        options = TableOptions(tuple(args.operations or ()), baseline=baseline, value=args.value or "time")
+        print(markdown_report(records, options), end="")
     return 0
 
 
