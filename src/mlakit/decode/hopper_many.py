@@ -113,6 +113,7 @@ def _attend(
     operand: gl.constexpr = gl.DotOperandLayout(0, output, 2)
     of_row: gl.constexpr = gl.SliceLayout(1, score)
     of_out_row: gl.constexpr = gl.SliceLayout(1, output)
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     LN2: gl.constexpr = 0.6931471805599453
     rows = q_len * heads
     local = gl.arange(0, 64, of_row)
@@ -270,7 +271,6 @@ def _attend(
             wide = keys.index(3 * W)
             wide.store(o.to(DTYPE))
             _barrier()
-            plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
             o_part = wide.load(plain)
             fence_async_shared()
             out_row = gl.arange(0, 64, gl.SliceLayout(1, plain))
@@ -301,7 +301,6 @@ def _attend(
             request = slot * 0 + other  # a tensor, also to the type checker
             length = gl.load(seq_lens_ptr + request)
             if gl.minimum(length, capacity) <= 0:
-                plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
                 row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
                 col = gl.arange(0, 512, gl.SliceLayout(0, plain))
                 at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)

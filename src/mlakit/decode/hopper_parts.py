@@ -113,9 +113,12 @@ def _tile_rows(table_ptr, tile, last_key, PAGE: gl.constexpr):
     if PAGE >= 64:
         rows = (_page_row(table_ptr, key, last_key, PAGE),)
     elif PAGE == 32:
-        rows = (_page_row(table_ptr, key, last_key, PAGE), _page_row(table_ptr, key + 32, last_key, PAGE))
+        rows = (  # type: ignore[assignment]  # Triton takes one branch
+            _page_row(table_ptr, key, last_key, PAGE),
+            _page_row(table_ptr, key + 32, last_key, PAGE),
+        )
     else:
-        rows = (
+        rows = (  # type: ignore[assignment]
             _page_row(table_ptr, key, last_key, PAGE),
             _page_row(table_ptr, key + 16, last_key, PAGE),
             _page_row(table_ptr, key + 32, last_key, PAGE),
