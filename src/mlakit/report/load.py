@@ -207,12 +207,12 @@ def _ceilings(found: Mapping[str, Any]) -> Ceilings:
 
 
 def _session(content: Mapping[str, Any]) -> Session:
-    if not isinstance(content["environment"], Mapping):
-        raise ValueError(f"environment: expected an object, got {content['environment']!r}")
-    ceilings = [_ceilings(content["ceilings"])] if content.get("ceilings") else []
     if content["schema"] == "mlakit.tuning/1":
         environment = {"device": {"name": content["device"]}, "torch": content["torch"], "triton": content["triton"]}
         return Session(environment=environment, started=content["date"])
+    if not isinstance(content["environment"], Mapping):
+        raise ValueError(f"environment: expected an object, got {content['environment']!r}")
+    ceilings = [_ceilings(content["ceilings"])] if content.get("ceilings") else []
     return Session(
         environment=content["environment"],
         started=content.get("started"),
