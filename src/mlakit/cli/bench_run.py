@@ -1,6 +1,7 @@
 """What `mlakit bench` does once its flags are read: plan, probe, run, show, and say where everything is."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,7 +12,7 @@ from mlakit.bench import config_file
 from mlakit.bench.crossover import find_curves, recommend_thresholds
 from mlakit.bench.executor import Executor
 from mlakit.bench.formatter import ResultsFormatter
-from mlakit.bench.plan import Plan, make_plan, settings_for
+from mlakit.bench.plan import Plan, make_plan, planned_dtypes, settings_for
 from mlakit.bench.progress import Progress
 from mlakit.bench.record_file import open_record
 from mlakit.bench.results import Record
@@ -44,7 +45,7 @@ def execute(
     progress = Progress(err, quiet=quiet)
     wanted = flags.get("benchmark", {}).get("device") or (loaded.content.benchmark.device if loaded else None) or "auto"
     with progress, executor:
-        device = _probe(executor, wanted, loaded, flags, progress)
+        device = executor.probe(wanted, planned_dtypes(loaded, flags), progress)
         plan = make_plan(settings_for(loaded, flags, cpu=device.name == "cpu"), device.name)
         paths = _Paths(plan, resume)
         record = _open_record(plan, device, executor.name, paths, resume, command)
@@ -61,23 +62,14 @@ def execute(
             run.execute()
         except KeyboardInterrupt:
             done = len(plan.rows) - len(run.missing())
-            again = " ".join(["mlakit", *command] + ([] if resume else ["--resume"]))
-            progress.say(
-                f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}"
+            again = shlex.join(["mlakit", *command, *([] if resume else ["--resume"])])
+            # With --quiet too: it is what to do now.
+            print(
+                f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}",
+                file=sys.stderr,
             )
             raise
     return _show(record, plan, paths, err if not quiet else None)
-
-
-def _probe(
-    executor: Executor, wanted: str, loaded: config_file.LoadedConfig | None, flags: dict[str, Any], progress: Progress
-) -> Device:
-    """The device, with ceilings for every dtype that the plan will name on it."""
-    dtypes = {
-        kind: {row.dtype for row in make_plan(settings_for(loaded, flags, cpu=kind == "cpu"), name).rows}
-        for kind, name in (("cpu", "cpu"), ("cuda", "cuda:0"))
-    }
-    return executor.probe(wanted, dtypes, progress)
 
 
 class _Paths:
