@@ -12,7 +12,8 @@ import pytest
 from mlakit import __version__
 from mlakit.bench import runner
 from mlakit.bench.results import Record
-from mlakit.cli.main import main
+from mlakit.cli.bench import flags as bench_flags
+from mlakit.cli.main import build_parser, main
 
 TINY = ("--model", "tiny", "--num-layers", "1", "--repeats", "1", "--warmup-iters", "0", "--device", "cpu")
 
@@ -293,3 +294,16 @@ def test_unknown_command():
     with pytest.raises(SystemExit) as end:
         main(["bensh"])
     assert end.value.code == 2
+
+
+def test_sweeps_are_pairs_of_flags_and_give_their_product(capsys):
+    def read(*flags):
+        return bench_flags(build_parser().parse_args(["bench", "--backend", "sdpa", "--batch-specs", "q1", *flags]))
+
+    two = ("--sweep-param", "num_q_heads", "--sweep-values", "4", "2", "--sweep-param", "mode", "--sweep-values", "a")
+    found = read(*two)
+    assert found["parameter_sweep"] == {"param_name": "num_q_heads", "values": [4, 2]}
+    assert found["parameter_sweeps"] == [{"param_name": "mode", "values": ["a"]}]
+    assert "parameter_sweep" not in read()
+    with pytest.raises(ValueError, match="one of each; given are 2 and 1"):
+        read(*two[:-2])
