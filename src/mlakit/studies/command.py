@@ -63,9 +63,9 @@ def run_study(
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error while a study runs, nothing if that is no terminal; yields what to call before each of
-    `total` pieces of work, with its name.
+def progress(total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error while a study runs, nothing if that is no terminal or with `quiet`; yields what to call
+    before each of `total` pieces of work, with its name.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -78,7 +78,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         *columns,
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=quiet or not console.is_terminal,
         redirect_stdout=sys.stdout.isatty(),
     )
     task = bar.add_task("building", total=total)

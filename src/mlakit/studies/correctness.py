@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
 from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.correctness_report import FLOAT64, Pair, Run, pairs_csv, runs_csv, size_table, verdict
 from mlakit.studies.layer_options import (
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_implementations(parser)
     add_common_arguments(parser)
+    add_run_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,8 @@ def run(args: argparse.Namespace) -> int:
     info, (shape,) = device_info(options.device), options.shapes
     layers = Layers(shape, options, sizes.batches[-1], sizes.seq_lens[-1] + sizes.decode_steps)
     layers.require_possible()
+    if args.resume and not (args.output or args.output_json):
+        raise ValueError("--resume needs --output: the prefix of the record to go on with")
     folder = output_folder(args.output.parent if args.output else None, "correctness", "--output")
     prefix = folder / (args.output.name if args.output else "correctness")
     record_path = output_file(args.output_json, "--output-json") or prefix.with_name(prefix.name + ".json")
@@ -198,8 +203,6 @@ def run(args: argparse.Namespace) -> int:
             )
         print("On a CPU every implementation runs in PyTorch: mlakit's kernels are not compared here.")
     print(flush=True)
-    runs: list[Run] = []
-    pairs: list[Pair] = []
     with nullcontext() if options.is_cuda else steady_threads() as threads:
         record: dict[str, Any] = {
             "schema": SCHEMA,
@@ -208,10 +211,17 @@ def run(args: argparse.Namespace) -> int:
             "cpu_threads": threads,
             "complete": False,
         }
-        total = len(sizes.batches) * len(sizes.seq_lens) * (len(options.implementations) + 1)
-        with progress(total) as begin:
+        earlier = earlier_record(record_path, record, resume=args.resume, flag="--output")
+        runs = [Run(**row) for row in earlier["rows"]]
+        pairs = [_pair(found, options.tolerance) for found in earlier.get("pairs", ())]
+        done = {(run.batch, run.seq_len) for run in runs}
+        total = (len(sizes.batches) * len(sizes.seq_lens) - len(done)) * (len(options.implementations) + 1)
+        where = () if args.output else ("--output", str(prefix))
+        with resumable(record_path, where), progress(total, quiet=args.quiet) as begin:
             for batch in sizes.batches:
                 for seq_len in sizes.seq_lens:
+                    if (batch, seq_len) in done:
+                        continue
                     mine, found = compare_size(layers, options, batch, seq_len, sizes.decode_steps, begin)
                     print("\n".join(size_table(mine, found, sizes.decode_steps)), end="\n\n", flush=True)
                     runs += mine
@@ -223,8 +233,19 @@ def run(args: argparse.Namespace) -> int:
     if _plot(runs, f"{info.name}\n{shape.title}, {options.dtype}", picture):
         saved.append(picture)
     print("\n".join(verdict(pairs, options.tolerance)))
-    print(f"saved: {', '.join(map(str, saved))}", file=sys.stderr)
+    if not args.quiet:
+        print(f"saved: {', '.join(map(str, saved))}", file=sys.stderr)
     return 0 if pairs and all(pair.agrees for pair in pairs) else 1
+
+
+def _pair(found: Mapping[str, Any], tolerance: float) -> Pair:
+    """What `Pair.as_json` made of a pair."""
+    from mlakit.studies.layer_difference import Difference
+
+    names = ("first", "second", "phase", "batch", "seq_len")
+    # JSON has no infinity: it is what is missing.
+    far = {field.name: math.inf if found[field.name] is None else found[field.name] for field in fields(Difference)}
+    return Pair(**{name: found[name] for name in names}, difference=Difference(**far), tolerance=tolerance)
 
 
 def save(

@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
 from mlakit.studies.command import output_file, progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
 from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="save everything measured as JSON")
     parser.add_argument("--output-csv", type=Path, metavar="FILE", help="save the table as CSV")
     add_common_arguments(parser)
+    add_run_arguments(parser)
 
 
 def parse_baseline(text: str) -> Callable[[Any], torch.nn.Module] | None:
@@ -200,10 +202,12 @@ def run(args: argparse.Namespace) -> int:
             },
             "cpu_threads": threads,
         }
-        rows: list[Row] = []
-        print("\n".join(header()))
-        with progress(len(lengths)) as begin:
-            for seq_len in lengths:
+        earlier = earlier_record(args.output_json, record, resume=args.resume, flag="--output-json")
+        rows = [Row.from_json(row) for row in earlier["rows"]]
+        missing = [seq_len for seq_len in lengths if seq_len not in {row.seq_len for row in rows}]
+        print("\n".join([*header(), *map(format_row, rows)]), flush=True)
+        with resumable(args.output_json), progress(len(missing), quiet=args.quiet) as begin:
+            for seq_len in missing:
                 begin(f"{seq_len} tokens")
                 rows.append(measure_length(layers, options, batch, seq_len, mask, models))
                 print(format_row(rows[-1]), flush=True)
@@ -214,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
                     write_atomically(args.output_csv, csv_text(rows))
     print("\n".join(conclusion(rows, ours=make is None)))
     saved = [str(path) for path in (args.output_json, args.output_csv) if path]
-    if saved:
+    if saved and not args.quiet:
         print(f"saved: {', '.join(saved)}", file=sys.stderr)
     variants = [variant for row in rows for variant in row.variants.values()]
     return 1 if any(variant.wrong for variant in variants) or not any(variant.ms for variant in variants) else 0

@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mlakit.bench.units import three
@@ -54,6 +54,15 @@ class Row:
         if mine is None or original is None or mine.temporary_mib is None or not original.temporary_mib:
             return None
         return 1 - mine.temporary_mib / original.temporary_mib
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Row":
+        """What `as_json` made of a row."""
+        names = [field.name for field in fields(Variant)]
+        variants = {name: Variant(**{n: variant[n] for n in names}) for name, variant in found["variants"].items()}
+        for variant in variants.values():
+            variant.ci95_ms = variant.ci95_ms and (variant.ci95_ms[0], variant.ci95_ms[1])
+        return cls(found["seq_len"], found["batch"], found["threshold"], variants)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""

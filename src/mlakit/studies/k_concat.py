@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.checkpoint import earlier_record, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
 from mlakit.studies.k_concat_options import (
@@ -147,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     options = parse_options(args)
     from mlakit.bench.environment import describe_environment
     from mlakit.bench.limits import gpu_ceilings
+    from mlakit.bench.results import write_atomically
     from mlakit.bench.units import rate
     from mlakit.hardware import device_info
 
@@ -161,44 +163,56 @@ def run(args: argparse.Namespace) -> int:
             print(f"On a CPU the batch list is scaled down: {sizes} instead of {BATCH_SIZES[0]} to {BATCH_SIZES[-1]}.")
         print("mlakit's kernel needs a GPU; the two PyTorch methods are measured alone.")
     copy_rate = ceilings.copy_bytes_per_s if ceilings else None
-    rows: list[StudyRow] = []
     with nullcontext() if info.is_cuda else steady_threads() as threads:
         if threads == 1 < info.units:
             print("Other processes keep cores busy: PyTorch gets one thread, as several would wait for each other.")
-        for line in _report(options, copy_rate, rows):
-            print(line, flush=True)
-    if ceilings:
-        print(f"\n{info.name}: copy ceiling {rate(ceilings.copy_bytes_per_s, 'B/s')}, measured in this run")
-    if args.output_json:
-        record = {
+        record: dict[str, Any] = {
             "schema": SCHEMA,
             "environment": describe_environment(info),
             "options": asdict(options),
             "cpu_threads": threads,
             "ceilings": asdict(ceilings) if ceilings else None,
-            "rows": [row.as_json() for row in rows],
         }
-        args.output_json.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"saved {args.output_json}", file=sys.stderr)
+        earlier = earlier_record(args.output_json, record, resume=args.resume, flag="--output-json")
+        rows = [StudyRow.from_json(row) for row in earlier["rows"]]
+
+        def save() -> None:
+            if args.output_json:
+                complete = len(rows) == len(options.dtypes) * len(options.batch_sizes)
+                record.update(complete=complete, rows=[row.as_json() for row in rows])
+                write_atomically(args.output_json, json.dumps(record, indent=1) + "\n")
+
+        with resumable(args.output_json):
+            for line in _report(options, copy_rate, rows, save):
+                print(line, flush=True)
+    if ceilings:
+        print(f"\n{info.name}: copy ceiling {rate(ceilings.copy_bytes_per_s, 'B/s')}, measured in this run")
     if args.plot:
         from mlakit.studies.k_concat_plot import plot
 
         plot(rows, info.name, args.plot)
-        print(f"saved {args.plot}", file=sys.stderr)
+    for path in (args.output_json, args.plot):
+        if path is not None and not args.quiet:
+            print(f"saved {path}", file=sys.stderr)
     results = [result for row in rows for result in row.methods.values()]
     wrong = any(result.reason == "wrong result" for result in results)
     return 1 if wrong or not any(result.mean for result in results) else 0
 
 
-def _report(options: Options, copy_rate: float | None, rows: list[StudyRow]) -> Iterator[str]:
+def _report(options: Options, copy_rate: float | None, rows: list[StudyRow], save: Callable[[], None]) -> Iterator[str]:
+    """The lines to print, while `rows` grows by what is not in it yet; `save` is called after each row."""
     with_triton = copy_rate is not None
     for dtype in options.dtypes:
         yield from header(dtype, options.heads, options.nope, options.rope, with_triton)
         mine = []
         for batch in options.batch_sizes:
-            mine.append(measure(options, dtype, batch, copy_rate))
-            yield format_row(mine[-1], with_triton)
-        rows += mine
+            row = next((row for row in rows if (row.dtype, row.batch) == (dtype, batch)), None)
+            if row is None:
+                row = measure(options, dtype, batch, copy_rate)
+                rows.append(row)
+                save()
+            mine.append(row)
+            yield format_row(row, with_triton)
         yield from summary(mine)
         yield from memory_table(mine)
         yield from conclusion(mine)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
+from mlakit.studies.checkpoint import add_run_arguments
 
 # DeepSeek-V3's dimensions.
 NUM_HEADS = 128
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="save everything measured as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot as PNG")
+    add_run_arguments(parser)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the study `k-concat` prints: tables, and conclusions that follow from the numbers. No torch here."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mlakit.bench.units import three
@@ -70,6 +70,17 @@ class StudyRow:
         """The rate over that of a plain copy on this device."""
         rate = self.rate(method)
         return rate / self.copy_bytes_per_s if rate and self.copy_bytes_per_s else None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "StudyRow":
+        """What `as_json` made of a row."""
+        own = {name.name: found[name.name] for name in fields(cls)}
+        names = [name.name for name in fields(MethodResult)]
+        own["methods"] = {
+            method: MethodResult(**{name: result[name] for name in names})
+            for method, result in found["methods"].items()
+        }
+        return cls(**own)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
 from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.layer_options import (
     Options,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the record, with all that was measured (default: DIR/record.json)",
     )
     add_common_arguments(parser, many_shapes=True)
+    add_run_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
     most = sizes.batches[-1], sizes.seq_lens[-1]
     for shape in options.shapes:
         Layers(shape, options, *most).require_possible()
+    if args.resume and not args.output_dir:
+        raise ValueError("--resume needs --output-dir: the folder of the record to go on with")
     folder = output_folder(args.output_dir, "layers", "--output-dir")
     record_path = output_file(args.output_json, "--output-json") or folder / "record.json"
     info = device_info(options.device)
@@ -206,14 +210,20 @@ def run(args: argparse.Namespace) -> int:
             "complete": False,
             "rows": [],
         }
-        rows: list[Row] = []
+        earlier = earlier_record(record_path, record, resume=args.resume, flag="--output-dir")
+        rows = [Row.from_json(row, options.shapes) for row in earlier["rows"]]
+        done = {(row.shape, row.batch, row.seq_len) for row in rows}
         jobs = len(options.shapes) * len(sizes.batches) * len(sizes.seq_lens) * len(sizes.phases)
         print(header())
-        with progress(jobs * len(options.implementations)) as begin:
+        jobs -= len(done) * len(sizes.phases)
+        where = () if args.output_dir else ("--output-dir", str(folder))
+        with resumable(record_path, where), progress(jobs * len(options.implementations), quiet=args.quiet) as begin:
             for shape in options.shapes:
                 layers = Layers(shape, options, *most)
                 for batch in sizes.batches:
                     for seq_len in sizes.seq_lens:
+                        if (shape, batch, seq_len) in done:
+                            continue
                         mine = list(measure_size(layers, options, sizes, batch, seq_len, begin))
                         rows += mine
                         for job in groups(mine):
@@ -229,7 +239,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{title}:")
         print("\n".join(f"  - {line}" for line in lines) or "  none")
     names = (path.name if path.parent == folder else str(path) for path in [*saved, report])
-    print(f"saved in {folder}: {', '.join(names)}", file=sys.stderr)
+    if not args.quiet:
+        print(f"saved in {folder}: {', '.join(names)}", file=sys.stderr)
     return 1 if any(row.wrong for row in rows) or not any(row.median for row in rows) else 0
 
 

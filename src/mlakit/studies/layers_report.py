@@ -2,9 +2,10 @@
 
 import csv
 import io
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mlakit.bench.units import rate, seconds, three
@@ -76,6 +77,13 @@ class Row:
     def size(self) -> str:
         """For people."""
         return f"{self.batch} x {self.seq_len}"
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], shapes: Sequence[Shape]) -> "Row":
+        """What `as_json` made of a row, of one of these shapes."""
+        shape = next(shape for shape in shapes if json.loads(json.dumps(shape.fields())) == found["shape"])
+        plain = {name.name: found[name.name] for name in fields(cls)}
+        return cls(**{**plain, "shape": shape, "ci95": plain["ci95"] and tuple(plain["ci95"])})
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included; infinite differences become None beside `wrong`."""

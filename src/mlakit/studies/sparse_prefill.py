@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mlakit.studies.checkpoint import earlier_record, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
 from mlakit.studies.sparse_prefill_options import (
@@ -232,6 +233,7 @@ def run(args: argparse.Namespace) -> int:
     options = parse_options(args)
     from mlakit.bench.environment import describe_environment
     from mlakit.bench.limits import gpu_ceilings
+    from mlakit.bench.results import write_atomically
     from mlakit.hardware import device_info
 
     for path in (args.output_json, args.output_csv, args.plot):
@@ -246,44 +248,57 @@ def run(args: argparse.Namespace) -> int:
             print(f"On a CPU the configurations are scaled down: up to {last} (s_q, s_kv, topk) instead of {there},")
             print(f"and {options.heads} query heads instead of {HEADS}.")
         print("mlakit's kernels need a GPU; the lines named after them time the references that define them.")
-    rows: list[Row] = []
     with nullcontext() if info.is_cuda else steady_threads() as threads:
         if threads == 1 < info.units:
             print("Other processes keep cores busy: PyTorch gets one thread, as several would wait for each other.")
-        for line in _report(options, rows):
-            print(line, flush=True)
-    record = {
-        "schema": SCHEMA,
-        "environment": describe_environment(info),
-        "options": asdict(options),
-        "ceilings": asdict(ceilings) if ceilings else None,
-        "rows": [row.as_json() for row in rows],
-    }
-    if args.output_json:
-        args.output_json.write_text(json.dumps(record, indent=1) + "\n")
-    if args.output_csv:
-        args.output_csv.write_text(csv_text(rows))
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "environment": describe_environment(info),
+            "options": asdict(options),
+            "ceilings": asdict(ceilings) if ceilings else None,
+        }
+        earlier = earlier_record(args.output_json, record, resume=args.resume, flag="--output-json")
+        rows = [Row.from_json(row) for row in earlier["rows"]]
+
+        def save() -> None:
+            if args.output_json:
+                record.update(complete=len(rows) == len(options.configs), rows=[row.as_json() for row in rows])
+                write_atomically(args.output_json, json.dumps(record, indent=1) + "\n")
+            if args.output_csv:
+                write_atomically(args.output_csv, csv_text(rows))
+
+        with resumable(args.output_json):
+            for line in _report(options, rows, save):
+                print(line, flush=True)
     if args.plot:
         from mlakit.studies.sparse_prefill_plot import plot
 
         plot(rows, info.name, args.plot)
     for path in (args.output_json, args.output_csv, args.plot):
-        if path is not None:
+        if path is not None and not args.quiet:
             print(f"saved {path}", file=sys.stderr)
     wrong = any(result.reason == WRONG for row in rows for result in row.methods.values())
     return 1 if wrong or not any(row.mean(SPARSE) for row in rows) else 0
 
 
-def _report(options: Options, rows: list[Row]) -> Iterator[str]:
+def _report(options: Options, rows: list[Row], save: Callable[[], None]) -> Iterator[str]:
+    """The lines to print, while `rows` grows by what is not in it yet; `save` is called after each row."""
     for config in options.configs:
-        said = False
+        known = next((row for row in rows if (row.s_q, row.s_kv, row.topk) == config), None)
+        if known is not None:
+            yield from header(known)
+            yield from (method_line(known, name) for name in known.methods)
+            yield from footer(known)
+            continue
+        row = None
         for row in measure(options, config):
-            if not said:
+            if len(row.methods) == 1:
                 yield from header(row)
-                said = True
-                rows.append(row)
             yield method_line(row, list(row.methods)[-1])
-        yield from footer(rows[-1])
+        assert row is not None  # `measure` yields at least one
+        rows.append(row)
+        save()
+        yield from footer(row)
     yield from summary(rows)
     yield from complexity(rows)
     yield from findings(rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlakit.studies.checkpoint import add_run_arguments
 from mlakit.studies.layer_options import parse_device, whole
 
 # s_q, s_kv, topk
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, nargs="?", const=PLOT, metavar="FILE", help=f"save a plot as PNG (without FILE: {PLOT})"
     )
+    add_run_arguments(parser)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ numbers. No torch here.
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mlakit.studies.sparse_prefill_options import MHA_D_QK, MHA_D_V
@@ -91,6 +91,17 @@ class Row:
         """TFLOP/s of an implementation."""
         mean = self.mean(method)
         return self.flops(method) / mean / 1e12 if mean else None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Row":
+        """What `as_json` made of a row."""
+        own = {name.name: found[name.name] for name in fields(cls)}
+        names = [name.name for name in fields(MethodResult)]
+        own["methods"] = {
+            method: MethodResult(**{name: result[name] for name in names})
+            for method, result in found["methods"].items()
+        }
+        return cls(**own)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""
