@@ -21,8 +21,9 @@ _LAUNCHES: dict[Any, tuple[Any, HopperConfig, HopperPlan, tuple[Any, ...]]] = {}
 
 
 class _Counters:
-    """Zeros by which programs of a launch tell one another that partial results are written; each launch leaves them
-    zero. Launches that may run at the same time must not share them: a stream has its own, and so has a captured call.
+    """Zeros by which programs of a launch tell one another that partial results are written; each launch leaves their
+    lower 16 bits zero. Launches that may run at the same time must not share them: a stream has its own, and so has a
+    captured call.
     """
 
     SIZE = 1 << 20
