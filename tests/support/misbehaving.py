@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 
 import torch
 
@@ -201,6 +202,16 @@ class Standard(Backend):
 
     def availability(self, device):
         return Available("1.0")
+
+
+class Slower(_Like):
+    """Right, and slower by what the environment says, as another version of it might be."""
+
+    name = "slower"
+
+    def spoil(self, out):
+        time.sleep(float(os.environ.get("SLOWER_BY", "0")))
+        return out
 
 
 class IllegalAddress(_Like):

@@ -52,7 +52,9 @@ def run_study(
     run: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """A study as a command of its own; returns the exit code (2 for bad input, with one line on stderr)."""
+    """A study as a command of its own; returns the exit code (2 for bad input, with one line on stderr; 130 if
+    interrupted).
+    """
     parser = _Parser(prog=prog, description=(description or "").partition("\n\n")[0], allow_abbrev=False)
     add_arguments(parser)
     try:
@@ -60,6 +62,9 @@ def run_study(
     except ValueError as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
 
 
 @contextmanager
