@@ -110,10 +110,10 @@ def of_revisions(args: argparse.Namespace, flags: dict[str, Any], command: Seque
 
 
 def _show(comparison: Comparison, options: _Options) -> int:
-    print_comparison(make_console(), comparison)
-    save(comparison, options.json, options.csv)
     for line in comparison.warnings:
         print(f"warning: {line}", file=sys.stderr)
+    print_comparison(make_console(), comparison)
+    save(comparison, options.json, options.csv)
     if not options.quiet:
         for line in comparison.notes:
             print(f"note: {line}", file=sys.stderr)
