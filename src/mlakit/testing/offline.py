@@ -40,6 +40,7 @@ class CompiledKernel:
     registers: int
     shared_bytes: int
     stack_bytes: int
+    ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
 
     @property
@@ -50,7 +51,7 @@ class CompiledKernel:
 
     @property
     def sass(self) -> str:
-        """The instructions."""
+        """The instructions; where PTX says as much, it costs nothing."""
         return _cuobjdump("--dump-sass", self.cubin)
 
 
@@ -112,7 +113,14 @@ def _inspect(kernel: Any) -> CompiledKernel:
     found = re.search(r"\bREG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of {kernel.metadata.name}'s registers and stack: {usage!r}")
-    return CompiledKernel(kernel.metadata.name, int(found[1]), kernel.metadata.shared, int(found[2]), cubin)
+    return CompiledKernel(
+        name=kernel.metadata.name,
+        registers=int(found[1]),
+        shared_bytes=kernel.metadata.shared,
+        stack_bytes=int(found[2]),
+        ptx=kernel.asm["ptx"],
+        cubin=cubin,
+    )
 
 
 @lru_cache(maxsize=64)  # tests compile the same kernel more than once, and ask for its SASS more than once
