@@ -1,11 +1,14 @@
 """Reading records: every kind into one form, and one clear line for what is none."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from mlakit.report import load
 from mlakit.report.load import load_record, load_records
+from mlakit.report.load_studies import READERS
 
 RESULTS = Path(__file__).parents[2] / "results" / "h200"
 RECORDS = sorted(RESULTS.glob("*.json"))
@@ -119,3 +122,14 @@ def test_a_device_without_a_name(tmp_path):
     ):
         content = {"schema": "mlakit.speed/1", "environment": environment, "rows": []}
         assert load_record(write(tmp_path / "a.json", content)).sessions[0].device == name
+
+
+def test_every_record_that_is_written_can_be_read():
+    source = Path(load.__file__).parents[1]
+    written = {
+        schema
+        for path in [*source.glob("studies/*.py"), source / "bench" / "results.py"]
+        for schema in re.findall(r'^SCHEMA\b.*= "(mlakit\.\w+/\d+)"', path.read_text(), re.MULTILINE)
+    }
+    assert len(written) > 5
+    assert written <= {load.BENCH_SCHEMA, *READERS}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlakit.bench.units import percent, rate
-from mlakit.report.load import LoadedRecord, Measurement, Session
+from mlakit.report.load import BENCH_SCHEMA, LoadedRecord, Measurement, Session
 
 # Of a record's environment, what a time can depend on, and how people call it.
 _WORDS = {
@@ -122,7 +122,8 @@ def _of_record(record: LoadedRecord) -> list[str]:
     found = []
     if not record.complete:
         of = f" of {record.planned}" if record.planned else ""
-        found.append(f"incomplete, {len(rows)}{of} rows measured (the same command with --resume goes on)")
+        how = " (the same command with --resume goes on)" if record.schema == BENCH_SCHEMA else ""
+        found.append(f"incomplete, {len(rows)}{of} rows measured{how}")
     if wrong := [row for row in rows if row.status in ("wrong", "unwritten")]:
         found.append(f"{_rows(wrong)} gave a wrong result and got no time: {_which(wrong)}")
     if differing := [d for d in record.differences if not d.get("agrees", True)]:

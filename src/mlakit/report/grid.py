@@ -55,7 +55,7 @@ class Grid:
         times = [
             cell.seconds
             for title, cell in zip(self.titles, self.cells[index], strict=True)
-            if cell is not None and cell.seconds and (title in self.baseline) is of_baseline
+            if cell and cell.seconds and not cell.predicted and (title in self.baseline) is of_baseline
         ]
         return min(times, default=None)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlakit.bench.batch_spec import get_batch_type
+from mlakit.bench.batch_spec import BatchRequest, get_batch_type
 from mlakit.bench.crossover import Curve, find_curves, recommend_thresholds
 from mlakit.bench.results import SCHEMA as BENCH_SCHEMA
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, Record
@@ -81,6 +81,7 @@ class Measurement:
     bound: str = ""
     memory_bytes: float | None = None
     checked: bool | None = None
+    predicted: bool = False
     throttled: tuple[str, ...] = ()
     temperature: int | None = None
     clock_mhz: int | None = None
@@ -189,6 +190,13 @@ def dtype_name(name: str) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
+def uniform_sizes(requests: Sequence[BatchRequest]) -> dict[str, Value]:
+    """Sizes of a batch whose requests are all alike; none of another."""
+    if len(set(requests)) != 1:
+        return {}
+    return {"batch": len(requests), "q_len": requests[0].q_len, "keys": requests[0].kv_len}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN: no number was measured
@@ -249,7 +257,6 @@ def _bench(path: Path) -> LoadedRecord:
 
 def _bench_row(row: BenchmarkResult) -> Measurement:
     config, timing, limit, gpu = row.config, row.timing, row.limit, row.gpu
-    requests = config.requests()
     sizes: dict[str, Value] = {
         "heads": config.num_q_heads,
         "kv_heads": config.num_kv_heads,
@@ -261,8 +268,7 @@ def _bench_row(row: BenchmarkResult) -> Measurement:
     if config.attention == "mla":
         names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         sizes |= {name: getattr(config, name) for name in names}
-    if len(set(requests)) == 1:
-        sizes |= {"batch": len(requests), "q_len": requests[0].q_len, "keys": requests[0].kv_len}
+    sizes |= uniform_sizes(config.requests())
     settings: dict[str, Value] = {
         "backend": config.backend,
         "pipeline": config.pipeline,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mlakit.report.load import Ceilings, Measurement, Value, dtype_name
+from mlakit.bench.batch_spec import parse_batch_spec
+from mlakit.report.load import Ceilings, Measurement, Value, dtype_name, uniform_sizes
 
 Rows = Iterable[Measurement]
 Differences = Iterable[Mapping[str, Any]]
@@ -247,8 +248,9 @@ def parallel(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
                 backend=f"{name}, predicted" if row["predicted"] else name,
                 phase="decode",
                 model=_model(content),
-                sizes={"mode": row["mode"]},
-                settings={"ranks": row["ranks"]},
+                sizes={"mode": row["mode"], **uniform_sizes(parse_batch_spec(row["batch"]))},
+                settings={"backend": strategy, "ranks": row["ranks"], "predicted": row["predicted"]},
+                predicted=row["predicted"],
                 **_outcome(median, row["reason"], row["wrong"]),
                 interval=interval,
                 checked=None if row["predicted"] or not median else row["error"] is not None,

@@ -92,8 +92,8 @@ def _lines(lines: Sequence[Sequence[str]]) -> str:
 
 def _among_the_fastest(cell: Measurement, cells: Sequence[Measurement | None]) -> bool:
     """Whether it is the fastest of several, or neither its interval nor three digits tell it from the fastest."""
-    timed = [(other.seconds, other.interval) for other in cells if other and other.seconds]
-    if not cell.seconds or len(timed) < 2:
+    timed = [(other.seconds, other.interval) for other in cells if other and other.seconds and not other.predicted]
+    if not cell.seconds or cell.predicted or len(timed) < 2:
         return False
     seconds, interval = min(timed, key=lambda found: found[0])
     overlap = bool(cell.interval and interval and cell.interval[0] <= interval[1])

@@ -196,6 +196,7 @@ def _row(entry: Entry, job: int) -> dict[str, Any]:
         "bound": row.bound,
         "memory": row.memory_bytes,
         "checked": row.checked,
+        "predicted": row.predicted,
         "throttled": list(row.throttled),
         "temperature": row.temperature,
         "clock": row.clock_mhz,

@@ -105,7 +105,7 @@ function drawCompare(jobs) {
       name: safe(name),
       x: values,
       y: mine.map(place),
-      marker: marker(name),
+      marker: marker(name, mine.every((row) => row.predicted) ? { symbol: `${look(name).mark}-open` } : {}),
       text: values.map((value) => `  ${metric.show(value)}`),
       textposition: "middle right",
       cliponaxis: false,

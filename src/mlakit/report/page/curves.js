@@ -3,14 +3,13 @@
 const traits = (row) => ({ ...row.settings, ...JOBS[row.job].sizes });
 const isNumber = (value) => typeof value === "number";
 function rest(row, axes) {
-  const job = JOBS[row.job],
-    sizes = { operation: job.operation, model: job.model, device: job.device, ...job.sizes };
+  const job = JOBS[row.job];
+  if (axes.some((axis) => !(axis in job.sizes))) return { title: job.title, device: job.device }; // along a setting
+  const sizes = { operation: job.operation, model: job.model, device: job.device, ...job.sizes };
   for (const axis of axes) {
     delete sizes[axis];
-    if (axis === "q_len" || axis === "tokens") {
-      // of a prefill, which has as many keys as tokens
-      if (sizes.keys === job.sizes[axis]) delete sizes.keys;
-    }
+    // A prefill has as many keys as tokens.
+    if ((axis === "q_len" || axis === "tokens") && sizes.keys === job.sizes[axis]) delete sizes.keys;
   }
   return sizes;
 }
@@ -98,15 +97,9 @@ function drawSweep(jobs) {
         (name) => name !== x && name !== "backend" && distinct(mine.map((row) => row.settings[name])).length > 1,
       )
     : [];
-  const name = (row) =>
-    setting
-      ? [
-          row.base,
-          ...others
-            .filter((other) => known(row.settings[other]))
-            .map((other) => `${words(other)} ${row.settings[other]}`),
-        ].join(", ")
-      : row.backend;
+  const part = (row, other) => (row.settings[other] === true ? words(other) : `${words(other)} ${row.settings[other]}`);
+  const told = (row) => others.filter((other) => known(row.settings[other]) && row.settings[other] !== false);
+  const name = (row) => (setting ? [row.base, ...told(row).map((other) => part(row, other))].join(", ") : row.backend);
   const traces = distinct(mine.map(name)).map((backend) => {
     const points = mine.filter((row) => name(row) === backend).sort((a, b) => traits(a)[x] - traits(b)[x]);
     const { colour, mark } = setting ? lookAt(distinct(mine.map(name)).indexOf(backend)) : look(backend);
@@ -116,7 +109,7 @@ function drawSweep(jobs) {
       name: safe(backend),
       x: points.map((row) => traits(row)[x]),
       y: points.map((row) => row.time),
-      line: { color: colour, width: 2 },
+      line: { color: colour, width: 2, dash: points.every((row) => row.predicted) ? "dash" : "solid" },
       marker: { color: colour, symbol: mark, size: 8 },
       hovertext: points.map(hover),
       hoverinfo: "text",

@@ -104,6 +104,8 @@ const ofRecord = (row) => !chosen.record || row.record === chosen.record;
 const rowsOf = (job) => ROWS_OF[job.index].filter((row) => ofRecord(row) && !chosen.hidden.has(row.backend));
 const timed = (rows) => rows.filter((row) => row.time);
 const byTime = (rows) => timed(rows).sort((a, b) => a.time - b.time);
+// What was predicted competes with nobody.
+const ranked = (rows) => byTime(rows.filter((row) => !row.predicted));
 // Of the chosen operation, model and record; those that have a time before those that have none.
 function backendsShown() {
   const rows = jobsOfOperation()
@@ -116,7 +118,7 @@ function backendsShown() {
 function baselineOf(row) {
   const rows = ROWS_OF[row.job].filter(ofRecord);
   if (chosen.baseline === OTHERS) {
-    return byTime(rows.filter((other) => other !== row && !chosen.hidden.has(other.backend)))[0];
+    return ranked(rows.filter((other) => other !== row && !chosen.hidden.has(other.backend)))[0];
   }
   return timed(rows).find((other) => other.backend === chosen.baseline);
 }

@@ -42,7 +42,7 @@ function drawMap(jobs) {
   const order = (axis) => distinct(mine.map((row) => value(row, axis))).sort((a, b) => a - b);
   const across = order(x),
     up = order(y);
-  const cell = (a, b) => byTime(mine.filter((row) => value(row, x) === a && value(row, y) === b));
+  const cell = (a, b) => ranked(mine.filter((row) => value(row, x) === a && value(row, y) === b));
   const grid = (draw) => up.map((b) => across.map((a) => draw(cell(a, b), a, b)));
   const at = (cells) => cells.map((row) => row.map((entry) => entry?.z ?? null));
   const texts = (cells, part) => cells.map((row) => row.map((entry) => entry?.[part] ?? ""));

@@ -16,7 +16,7 @@ function drawFastest(jobs) {
   const count = chosen.all ? jobs.length : Math.min(jobs.length, FIRST_JOBS);
   const body = jobs.slice(0, count).map((job) => {
     const rows = rowsOf(job),
-      best = byTime(rows)[0];
+      best = ranked(rows)[0];
     const open = () => {
       element("search").value = chosen.search = chosen.search === job.title ? "" : job.title;
       render();
@@ -46,7 +46,7 @@ function drawFastest(jobs) {
         dot,
         ...breakable(best.backend),
         ties.length ? make("small", {}, `within its interval: ${ties.map((row) => row.backend).join(", ")}`) : null,
-        timed(rows).length === 1 ? make("small", {}, "the only one with a time") : null,
+        ranked(rows).length === 1 ? make("small", {}, "the only one with a time") : null,
       ),
       make("td", { className: "number" }, time(best.time), make("small", {}, interval(best))),
       make(
@@ -172,6 +172,7 @@ function showSpeedup(row) {
 function notes(row) {
   const parts = [];
   if (row.reason) parts.push(row.reason);
+  if (row.predicted) parts.push("predicted, not measured");
   if (row.checked === false) parts.push("result not checked");
   if (row.throttled.length) parts.push(`held back: ${row.throttled.join(", ")}`);
   if (row.host && row.time && row.host > row.time) parts.push("the host takes longer than the device");
@@ -196,7 +197,7 @@ function drawRows(jobs) {
       return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
     });
   }
-  const several = jobs.map((job) => byTime(rowsOf(job))).filter((mine) => mine.length > 1);
+  const several = jobs.map((job) => ranked(rowsOf(job))).filter((mine) => mine.length > 1);
   const bests = new Set(several.map((mine) => mine[0]));
   const head = columns.map((column) => {
     const index = COLUMNS.indexOf(column),
