@@ -141,15 +141,14 @@ def _attend(
     HALF: tl.constexpr = RANK // 2
     c = tl.arange(0, HALF)
     r = RANK + tl.arange(0, ROPE)
-    live = row < rows
     q_at = (
         q_ptr
         + request.to(tl.int64) * (stride_qb + _zero_by(length))
         + ((row // heads).to(tl.int64) * stride_qs + (row % heads).to(tl.int64) * stride_qh)
     )
-    q_a = _load_query(q_at, c, live, Q_E4M3, NATIVE, DTYPE)
-    q_b = _load_query(q_at, HALF + c, live, Q_E4M3, NATIVE, DTYPE)
-    q_r = _load_query(q_at, r, live, Q_E4M3, NATIVE, DTYPE)
+    q_a = _load_query(q_at, c, row < rows, Q_E4M3, NATIVE, DTYPE)
+    q_b = _load_query(q_at, HALF + c, row < rows, Q_E4M3, NATIVE, DTYPE)
+    q_r = _load_query(q_at, r, row < rows, Q_E4M3, NATIVE, DTYPE)
     table_ptr += request.to(tl.int64) * (stride_tb + _zero_by(length))
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if SMALL:
@@ -275,7 +274,6 @@ def _mla_decode_kernel(
     partial_ptr,
     partial_lse_ptr,
     scale_log2,
-    kv_scale,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -292,6 +290,7 @@ def _mla_decode_kernel(
     slots,
     splits,
     capacity,
+    kv_scale,
     CAUSAL: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     RANK: tl.constexpr,

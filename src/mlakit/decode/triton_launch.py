@@ -312,7 +312,7 @@ def _launch_decode(
     tensors = (q, cache, block_table, seq_lens, out, lse, partial, partial_lse)
     if device.type != "cuda" or not _ATTENTION.again(key, device, tensors):
         strides = (*q_strides[:3], *cache_strides[:2], table_stride, *out_strides)
-        numbers = (softmax_scale * q_scale * kv_scale * LOG2E, kv_scale, *strides, *plan.counts)
+        numbers = (softmax_scale * q_scale * kv_scale * LOG2E, *strides, *plan.counts, kv_scale)
         _ATTENTION.first(key, device, plan.grid, tensors, numbers, plan.constants, num_warps=plan.num_warps)
     if plan.combine_grid is None:
         return
