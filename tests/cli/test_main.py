@@ -114,15 +114,17 @@ def _slower(found: re.Match[str]) -> str:
     return f"{found[1]}{2 * float(found[2])!r}"
 
 
-def test_help_tells_the_codes(capsys):
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_help_tells_the_codes(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
     codes = {name: value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert set(codes.values()) == set(exit_codes.MEANINGS)
     for code, meaning in exit_codes.MEANINGS.items():
-        assert re.search(rf"^  {code} +{re.escape(meaning)}$", out, re.MULTILINE)
-    assert all(len(line) <= 120 for line in out.splitlines())
+        assert f" {code} {meaning} " in f"{' '.join(out.split())} "
+    assert all(len(line) <= width for line in out.splitlines() if "[-h]" not in line)
 
 
 def test_version(capsys):

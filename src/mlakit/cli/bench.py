@@ -19,9 +19,7 @@ examples:
       --sweep-param reorder_batch_threshold --sweep-values 1 4 16
 
 Times are per layer. A result is compared with float64 before it is timed; a backend that is wrong, crashes, hangs
-or runs out of memory costs its own row.
-exit code: 0, or 1 if nothing succeeded, 2 for bad input, 3 if the device does not work, 130 if interrupted (go on
-with --resume)
+or runs out of memory costs its own row. Exit codes: mlakit --help
 """
 
 
@@ -33,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
         description="Measure attention backends, MLA or standard, on batches: check each result, time it, compare it "
         "with the device's limit.",
         epilog=_GRAMMAR,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_measuring(parser)

@@ -37,7 +37,6 @@ def add_parser(subparsers: Any) -> None:
         description="Compare two records of mlakit bench, of a study or of make bench-h200; or measure two revisions "
         "in turn and compare them.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("records", nargs="*", type=Path, metavar="RECORD.json", help="two records: A, then B")

@@ -23,7 +23,6 @@ def add_parser(subparsers: Any) -> None:
         description="Print the code that makes a shell complete mlakit's commands, flags, backends, configs and "
         "models.",
         epilog=_HOW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shell", choices=SHELLS, help="bash, zsh or fish")

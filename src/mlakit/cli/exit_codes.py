@@ -1,5 +1,7 @@
 """What the command's exit codes mean, for all of its subcommands: scripts and CI jobs rely on them."""
 
+import textwrap
+
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
@@ -19,6 +21,9 @@ MEANINGS = {
 }
 
 
-def table() -> str:
-    """All of them, a line each."""
-    return "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
+def table(width: int) -> str:
+    """All of them, in lines of at most so many characters."""
+    lines = []
+    for code, meaning in MEANINGS.items():
+        lines += textwrap.wrap(meaning, width, initial_indent=f"  {code:<4} ", subsequent_indent=" " * 7)
+    return "\n".join(lines)

@@ -3,10 +3,12 @@
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlakit import __version__
 from mlakit.cli import backends, bench, compare, completion, configs, env, exit_codes, limits, recommend, report, study
@@ -14,7 +16,24 @@ from mlakit.cli import backends, bench, compare, completion, configs, env, exit_
 _SUBCOMMANDS = (bench, recommend, report, compare, study, backends, configs, limits, env, completion)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs are filled, lists with indented lines stay as they are, and the longest command fits its column."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part.rstrip() if "\n " in part else textwrap.fill(part, width) for part in text.split("\n\n")
+        )
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2  # argparse forgets that commands are indented once more
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Help, **kwargs})
+
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake; argparse would print the whole usage first."""
         fail(f"{message} (see {self.prog} --help)")
@@ -34,8 +53,7 @@ def build_parser(*, studies: bool = True) -> argparse.ArgumentParser:
         description="Multi-head Latent Attention: any attention backend, ours or a peer's, measured on any batch, "
         "checked before it is timed.",
         epilog="first steps:\n  mlakit bench --config quickstart\n  mlakit COMMAND --help\n\n"
-        f"exit codes:\n{exit_codes.table()}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"exit codes:\n{exit_codes.table(max(40, shutil.get_terminal_size().columns - 2))}\n",
     )
     parser.add_argument("--version", action="version", version=f"mlakit {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_Parser)

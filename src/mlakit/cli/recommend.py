@@ -20,7 +20,6 @@ def add_parser(subparsers: Any) -> None:
         description="Measure what is available here on your workloads, try the settings of what comes close to the "
         "fastest, and print what to use for each, with the measured margin; a tie is called a tie.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="your workloads, one batch each")

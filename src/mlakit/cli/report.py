@@ -29,7 +29,6 @@ def add_parser(subparsers: Any) -> None:
         description="Show records: as an HTML page with figures and tables to filter and sort, as tables in "
         "Markdown, or as PNG plots.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("records", nargs="*", type=Path, metavar="RECORD", help="records (.json), or folders of runs")
