@@ -8,7 +8,7 @@ from mlakit.bench.results import GpuState
 from mlakit.bench.units import seconds
 from mlakit.report.html import render_html
 from mlakit.report.load import load_record, load_records
-from tests.support.reports import RESULTS, bench_row
+from tests.support.reports import PARALLEL, RESULTS, bench_row
 
 pytestmark = pytest.mark.browser
 
@@ -37,7 +37,7 @@ def column(page, title):
 @pytest.fixture(scope="module")
 def h200():
     """The page of all committed records."""
-    return render_html(load_records(sorted(RESULTS.glob("*.json"))), title="H200")
+    return render_html(load_records([*sorted(RESULTS.glob("*.json")), PARALLEL]), title="H200")
 
 
 def test_the_committed_records_in_use(h200, open_page):
@@ -97,6 +97,11 @@ def test_the_committed_records_in_use(h200, open_page):
     assert page.locator("#map .heatmaplayer image").count() == 1
     page.select_option("#map-what", "fa3")
     assert "blue is faster" in page.inner_text("#map-hint")
+
+    # What was predicted, on more ranks than there were, is shown and competes with nobody.
+    page.select_option("#operation", "attention over ranks")
+    assert "predicted, not measured" in column(page, "notes")
+    assert not any("predicted" in winner for winner, _ in fastest(page).values())
 
 
 def test_at_phone_width_in_the_dark(h200, open_page):

@@ -3,10 +3,13 @@
 import pytest
 
 from mlakit.bench.results import GpuState, Session
+from mlakit.bench.units import three
 from mlakit.report.circumstances import brief, environments, warnings
+from mlakit.report.grid import TableOptions
 from mlakit.report.load import load_record, load_records
+from mlakit.report.markdown import markdown_report
 from mlakit.report.rows import entries_of, page_data
-from tests.support.reports import CEILINGS, RESULTS, bench_row
+from tests.support.reports import CEILINGS, PARALLEL, RESULTS, bench_row
 
 
 def labels(*records):
@@ -128,3 +131,14 @@ def test_records_of_one_name_are_told_apart(make_record, tmp_path):
     assert (
         len({record.name for record in load_records([paths[0], tmp_path / ".." / tmp_path.name / "before.json"])}) == 2
     )
+
+
+def test_what_was_predicted_is_told_and_is_not_the_fastest():
+    record = load_record(PARALLEL)
+    rows = [row for row in record.rows if row.job == "q1s1024k" and row.operation == "attention over ranks"]
+    times = {predicted: min(r.seconds or 1.0 for r in rows if r.predicted is predicted) for predicted in (True, False)}
+    assert times[True] < times[False]  # on more ranks than there were
+    assert {row["predicted"] for row in page_data([record])["rows"]} == {True, False}
+    table = markdown_report([record], TableOptions(operations=("attention over ranks",)))
+    bold = [cell for line in table.splitlines()[2:] for cell in line.split("|") if "**" in cell]
+    assert bold[0].strip() == f"**{three(times[False] * 1e6)}**"

@@ -8,6 +8,7 @@ from mlakit.bench.config import RECORDED, BenchmarkConfig
 from mlakit.bench.results import BenchmarkResult, CheckRow, GpuState, LimitRow, TimingRow
 
 RESULTS = Path(__file__).parents[2] / "results" / "h200"
+PARALLEL = RESULTS.parent / "h200x2" / "parallel.json"
 CEILINGS = {"device": "a GPU", "copy_bytes_per_s": 4e12, "read_bytes_per_s": 4e12, "flops_per_s": 8e14}
 
 
