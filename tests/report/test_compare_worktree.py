@@ -61,6 +61,7 @@ def test_both_sides_in_turn(repository, capsys, tmp_path):
     captured = capsys.readouterr()
     assert code == 1, captured.err
     assert "mlakit: regression: q64, sdpa: takes" in captured.err
+    assert "warning" not in captured.err
     (pair,) = json.loads((tmp_path / "c.json").read_text())["pairs"]
     # The machine got 3 times as slow meanwhile, and the ratio shows none of it: sides take turns to go first.
     assert pair["ratio"] == pytest.approx(1.3, rel=0.03)

@@ -85,7 +85,7 @@ def compare_records(
         tuple(pairs),
         tuple(row for key, row in before.items() if key not in after),
         tuple(row for key, row in after.items() if key not in before),
-        tuple(differences(a, b, [(pair.before, pair.after) for pair in pairs])),
+        tuple(differences(a, b, [(pair.before, pair.after) for pair in pairs], in_turn=ratios is not None)),
         tuple(origins([pair.ratio for pair in pairs if pair.ratio])),
     )
 

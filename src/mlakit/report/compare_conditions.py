@@ -16,8 +16,12 @@ _CEILINGS_WITHIN = 0.05
 Rows = tuple[Measurement, Measurement]
 
 
-def differences(a: LoadedRecord, b: LoadedRecord, pairs: Sequence[Rows]) -> Iterator[str]:
-    """A line for whatever else than the code differs between the two sides of paired rows, and slows one down."""
+def differences(a: LoadedRecord, b: LoadedRecord, pairs: Sequence[Rows], *, in_turn: bool = False) -> Iterator[str]:
+    """A line for whatever else than the code differs between the two sides of paired rows, and slows one down.
+
+    Of sides that were measured `in_turn`, the ceilings and clocks say nothing: each was seen at another moment, and
+    what changed from one to the other changed for both.
+    """
     sides = ([(a, before) for before, _ in pairs], [(b, after) for _, after in pairs])
     sessions = [list({id(s): s for s in (record.session(row) for record, row in side)}.values()) for side in sides]
     for what, get in _ENVIRONMENT:
@@ -25,15 +29,16 @@ def differences(a: LoadedRecord, b: LoadedRecord, pairs: Sequence[Rows]) -> Iter
         if mine and other and mine != other:
             yield f"the {what} differs: {_list(mine)} in A, {_list(other)} in B"
     yield from _versions(sessions, pairs)
-    yield from _ceilings(sessions)
-    yield from _clocks(pairs)
+    if not in_turn:
+        yield from _ceilings(sessions)
+        yield from _clocks(pairs)
     for name, side in zip("AB", sides, strict=True):
         reasons = sorted(set(chain.from_iterable(row.throttled for _, row in side)))
         if reasons:
             count = sum(bool(row.throttled) for _, row in side)
             yield f"the GPU was slowed down in {count} of {len(side)} rows of {name}: {', '.join(reasons)}"
     for name, record in (("A", a), ("B", b)):
-        if not record.complete:
+        if not record.complete and not in_turn:
             yield f"{name} is not complete: its run was interrupted"
 
 
