@@ -10,7 +10,7 @@ import pytest
 
 from mlakit.cli.main import main
 from mlakit.studies import correctness, fast_path, k_concat, layers, sparse_prefill
-from mlakit.studies.checkpoint import earlier_record, resumable
+from mlakit.studies.checkpoint import go_on, resumable
 
 LAYER = ("--model", "tiny", "--device", "cpu", "--trials", "1", "--warmup", "0")
 # Study, its module, the function that does one piece of work, flags for three pieces, and where the record is.
@@ -101,7 +101,7 @@ def test_interrupted_and_gone_on_with(study, run, count, tmp_path, capsys, monke
 def test_a_new_run_keeps_the_earlier_record(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("measured yesterday")
-    assert earlier_record(path, {}, resume=False, flag="--output-json") == {"rows": []}
+    assert go_on(None, path, {}) == {"rows": []}
     assert (tmp_path / "r.json.bak").read_text() == "measured yesterday"
     assert not path.exists()
 
@@ -130,7 +130,9 @@ def test_nothing_to_go_on_with(study, run, capsys, tmp_path):
     assert run("study", study, *flags, "--resume") == 2
     assert "--resume needs --output" in capsys.readouterr().err
     assert run("study", study, *flags, *where.split(), "--resume") == 2
-    assert f"nothing to resume: {record} does not exist" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err == f"mlakit: error: nothing to resume: {record} does not exist\n"
+    assert captured.out == ""
     (tmp_path / record).parent.mkdir(exist_ok=True)
     for content, words in (("{", "is no JSON"), ('{"schema": "other/1"}', "is no record of this study")):
         (tmp_path / record).write_text(content)

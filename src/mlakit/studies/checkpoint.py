@@ -21,22 +21,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress, and no word on files that are saved")
 
 
-def earlier_record(path: Path | None, record: dict[str, Any], *, resume: bool, flag: str) -> dict[str, Any]:
-    """The record to go on with, or one without rows.
-
-    Args:
-        path: where the record is to be, None if `flag` does not say.
-        record: the new one, so far: "schema", "environment" and "options" must be those of the earlier one.
-        resume: whether to go on; else a record that is there is kept under another name, ending in .bak.
-        flag: what says where the record is.
+def read_earlier(path: Path | None, schema: str, *, resume: bool, flag: str) -> dict[str, Any] | None:
+    """The record to go on with, None without `resume`; `path` is None if `flag` does not say where it is.
 
     Raises:
-        ValueError: there is nothing to go on with, or it was measured otherwise.
+        ValueError: there is nothing to go on with.
     """
     if not resume:
-        if path is not None and path.exists():
-            path.replace(path.with_name(path.name + ".bak"))  # an earlier measurement is never lost at once
-        return {"rows": []}
+        return None
     if path is None:
         raise ValueError(f"--resume needs {flag}: the record to go on with")
     try:
@@ -45,13 +37,28 @@ def earlier_record(path: Path | None, record: dict[str, Any], *, resume: bool, f
         raise ValueError(f"nothing to resume: {path} does not exist") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != schema:
+        raise ValueError(f"{path} is no record of this study: expected schema {schema}")
+    return found
+
+
+def go_on(found: dict[str, Any] | None, path: Path | None, record: dict[str, Any]) -> dict[str, Any]:
+    """What is measured already, in "rows", for a `record` that is to be at `path` and begins now.
+
+    Without an earlier one a record that is there is kept under another name, ending in .bak.
+
+    Raises:
+        ValueError: `found` was measured with another "environment" or other "options" than `record` names.
+    """
+    if found is None:
+        if path is not None and path.exists():
+            path.replace(path.with_name(path.name + ".bak"))  # an earlier measurement is never lost at once
+        return {"rows": []}
     now = json.loads(json.dumps(record))  # tuples are lists in a file
-    threads = (found.get("environment") or {}).get("threads") if isinstance(found, dict) else None
+    threads = (found.get("environment") or {}).get("threads")
     if isinstance(threads, int) and threads > 0:
         _take_threads(now, threads)
         _take_threads(record, threads)
-    if not isinstance(found, dict) or found.get("schema") != now["schema"]:
-        raise ValueError(f"{path} is no record of this study: expected schema {now['schema']}")
     for part in ("environment", "options"):
         before, after = found.get(part) or {}, now[part]
         for name in sorted(before.keys() | after.keys()):

@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
+from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.correctness_report import FLOAT64, Pair, Run, pairs_csv, runs_csv, size_table, verdict
 from mlakit.studies.layer_options import (
@@ -194,6 +194,7 @@ def run(args: argparse.Namespace) -> int:
     folder = output_folder(args.output.parent if args.output else None, "correctness", "--output")
     prefix = folder / (args.output.name if args.output else "correctness")
     record_path = output_file(args.output_json, "--output-json") or prefix.with_name(prefix.name + ".json")
+    kept = read_earlier(record_path, SCHEMA, resume=args.resume, flag="--output")
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, tolerance {options.tolerance:g}")
     if not options.is_cuda:
         if args.model is args.min_seq_len is args.max_seq_len is args.batch_sizes is None:
@@ -211,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             "cpu_threads": threads,
             "complete": False,
         }
-        earlier = earlier_record(record_path, record, resume=args.resume, flag="--output")
+        earlier = go_on(kept, record_path, record)
         runs = [Run(**row) for row in earlier["rows"]]
         pairs = [_pair(found, options.tolerance) for found in earlier.get("pairs", ())]
         done = {(run.batch, run.seq_len) for run in runs}

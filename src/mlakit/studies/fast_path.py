@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
+from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import output_file, progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
 from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
@@ -171,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
     layers.require_possible()
     output_file(args.output_json, "--output-json")
     output_file(args.output_csv, "--output-csv")
+    kept = read_earlier(args.output_json, SCHEMA, resume=args.resume, flag="--output-json")
     mask = None if args.mask == "none" else args.mask
     print(f"{info.name}: {shape.title}, weights in {options.dtype}, mask {args.mask}")
     if not options.is_cuda:
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
             },
             "cpu_threads": threads,
         }
-        earlier = earlier_record(args.output_json, record, resume=args.resume, flag="--output-json")
+        earlier = go_on(kept, args.output_json, record)
         rows = [Row.from_json(row) for row in earlier["rows"]]
         missing = [seq_len for seq_len in lengths if seq_len not in {row.seq_len for row in rows}]
         print("\n".join([*header(), *map(format_row, rows)]), flush=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.checkpoint import add_run_arguments, earlier_record, resumable
+from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import output_file, output_folder, progress, run_study
 from mlakit.studies.layer_options import (
     Options,
@@ -197,6 +197,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--resume needs --output-dir: the folder of the record to go on with")
     folder = output_folder(args.output_dir, "layers", "--output-dir")
     record_path = output_file(args.output_json, "--output-json") or folder / "record.json"
+    kept = read_earlier(record_path, SCHEMA, resume=args.resume, flag="--output-dir")
     info = device_info(options.device)
     notes = _notes(options, sizes, given=bool(args.model or args.batch_sizes or args.seq_lengths))
     print(f"{info.name}: {'; '.join(shape.title for shape in options.shapes)}")
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
             "complete": False,
             "rows": [],
         }
-        earlier = earlier_record(record_path, record, resume=args.resume, flag="--output-dir")
+        earlier = go_on(kept, record_path, record)
         rows = [Row.from_json(row, options.shapes) for row in earlier["rows"]]
         done = {(row.shape, row.batch, row.seq_len) for row in rows}
         jobs = len(options.shapes) * len(sizes.batches) * len(sizes.seq_lens) * len(sizes.phases)

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mlakit.studies.checkpoint import earlier_record, resumable
+from mlakit.studies.checkpoint import go_on, read_earlier, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
 from mlakit.studies.sparse_prefill_options import (
@@ -239,6 +239,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.output_json, args.output_csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
+    kept = read_earlier(args.output_json, SCHEMA, resume=args.resume, flag="--output-json")
     info = device_info(options.device)
     ceilings = gpu_ceilings(options.device)
     print(f"Using device: {info.name}")
@@ -257,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
             "options": asdict(options),
             "ceilings": asdict(ceilings) if ceilings else None,
         }
-        earlier = earlier_record(args.output_json, record, resume=args.resume, flag="--output-json")
+        earlier = go_on(kept, args.output_json, record)
         rows = [Row.from_json(row) for row in earlier["rows"]]
 
         def save() -> None:
