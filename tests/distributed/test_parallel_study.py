@@ -195,3 +195,27 @@ def test_findings_follow_from_the_rows():
 def test_no_order_among_those_that_cannot_be_told_apart():
     rows = [_row("tp", 50e-6, ci95=(49e-6, 52e-6)), _row("cp", 51e-6, ci95=(50e-6, 53e-6))]
     assert findings(rows) == ["attention, q1s1k: tp 2x1 is the fastest, 50.0 µs; not to be told apart from cp 1x2"]
+
+
+def test_the_committed_record():
+    """Two GPUs, every row of them checked, with the clocks of both; and reports can read it."""
+    from mlakit.report.load import load_record
+
+    path = ROOT / "results" / "h200x2" / "parallel.json"
+    record = json.loads(path.read_text())
+    assert record["complete"]
+    assert record["links_measured"]
+    assert [rank["name"] for rank in record["ranks"]] == ["NVIDIA H200"] * 2
+    assert all(record["environment"][name] for name in ("torch", "triton", "nccl", "driver", "commit"))
+    for row in record["rows"]:
+        assert row["reason"] == ""
+        if not row["predicted"]:
+            assert row["error"] <= row["error_allowed"]
+            assert all(state["sm_clock"] > 0 for state in row["gpus"])
+            assert len(row["gpus"]) == len(row["by_rank"]) == 2
+    loaded = load_record(path)
+    assert len(loaded.rows) == len(record["rows"])
+    times = {(row.operation, row.job, row.backend): row.seconds for row in loaded.rows}
+    assert times["attention over ranks", "q1s1024k", "one"] == min(record["rows"][0]["by_rank"])
+    assert ("attention over ranks", "q1s1024k", "cp 1x8, predicted") in times
+    assert len({row.identity for row in loaded.rows}) == len(loaded.rows)

