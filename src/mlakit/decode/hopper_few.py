@@ -262,36 +262,36 @@ def _mla_decode_few_kernel(
             if count <= 2:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             elif count <= 4:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             elif count <= 8:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             elif count <= 16:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             elif count <= 32:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             elif count <= 64:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, True, FLAT,
                 )  # fmt: skip
             else:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, FLAT,
+                    heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, False, FLAT,
                 )  # fmt: skip
         before += steps

@@ -327,32 +327,27 @@ def _attend(
             if count <= 2:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 2, 32, 256, 64, FLAT,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 2, 16, 256, 64, True, FLAT,
                 )  # fmt: skip
             elif count <= 4:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 4, 16, 256, 64, FLAT,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 4, 8, 256, 64, True, FLAT,
                 )  # fmt: skip
             elif count <= 8:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 8, 8, 256, 64, FLAT,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 8, 4, 256, 64, True, FLAT,
                 )  # fmt: skip
             elif count <= 16:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 16, 4, 256, 64, FLAT,
-                )  # fmt: skip
-            elif count <= 32:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 32, 2, 256, 64, FLAT,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 16, 2, 256, 64, True, FLAT,
                 )  # fmt: skip
             else:
                 _merge(
                     partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 64, 1, 256, 64, FLAT,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 32, 1, 256, 64, False, FLAT,
                 )  # fmt: skip
         before += steps
 

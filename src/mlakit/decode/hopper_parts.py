@@ -162,10 +162,21 @@ def _row_at(row, heads, stride_os, stride_oh, FLAT: gl.constexpr):
 
 
 @gluon.jit
+def _load_partials(
+    partial_ptr, partial_lse_ptr, base, piece, count, aligned, tile, row_tiles, row, col, TILE: gl.constexpr
+):  # fmt: skip
+    """Partial results of some pieces and rows, and what they weigh (-inf for a piece that is not there)."""
+    at = _partial_at(base, gl.minimum(piece, count - 1), aligned) * row_tiles + tile
+    flat = (at * TILE)[:, None] + row[None, :]
+    some_lse = gl.where((piece < count)[:, None], gl.load(partial_lse_ptr + flat), -float("inf"))
+    return some_lse, gl.load(partial_ptr + ((flat * 512)[:, :, None] + col[None, None, :]))
+
+
+@gluon.jit
 def _merge(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, number, tile, row_tiles, rows, heads,
     stride_os, stride_oh, too_long, FIRST: gl.constexpr, WIDTH: gl.constexpr, PIECES: gl.constexpr,
-    ROWS: gl.constexpr, CHUNK: gl.constexpr, TILE: gl.constexpr, FLAT: gl.constexpr,
+    ROWS: gl.constexpr, CHUNK: gl.constexpr, TILE: gl.constexpr, ONCE: gl.constexpr, FLAT: gl.constexpr,
 ):  # fmt: skip
     """Merge this program's part, columns [FIRST, FIRST + WIDTH), of a tile of rows of a request: units of CHUNK columns
     of a row, ROWS of them and PIECES at a time. All loads of a thread are under way at once, of 8 columns each; the
@@ -190,30 +201,35 @@ def _merge(
     for start in range(number * units // count, unit_end, ROWS):
         unit = start + local
         live_row = unit < unit_end
-        row = unit // CHUNKS
+        # Rows and pieces past the last are the last again, and weigh nothing: loads need no masks.
+        row = gl.minimum(unit, unit_end - 1) // CHUNKS
         first_col = FIRST + start % CHUNKS * CHUNK  # the same for all: there is more than one chunk of a row only alone
-        m = gl.full([ROWS], -float("inf"), gl.float32, of_row)
-        l = gl.zeros([ROWS], gl.float32, of_row)
-        acc = gl.zeros([ROWS, CHUNK], gl.float32, result)
-        for begin in range(0, count, PIECES):
-            which = begin + piece
-            live = (which < count)[:, None] & live_row[None, :]
-            at = _partial_at(base, which, aligned) * row_tiles + tile
-            flat = (at * TILE)[:, None] + row[None, :]
-            some_lse = gl.load(partial_lse_ptr + flat, mask=live, other=-float("inf"))
-            some = gl.load(
-                partial_ptr + ((flat * 512)[:, :, None] + (first_col + col)[None, None, :]),
-                mask=live[:, :, None],
-                other=0.0,
+        if ONCE:
+            some_lse, some = _load_partials(
+                partial_ptr, partial_lse_ptr, base, piece, count, aligned, tile, row_tiles, row, first_col + col, TILE
             )
-            m_new = gl.maximum(m, gl.max(some_lse, 0))
-            shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf
-            old = gl.exp2(m - shift)
+            m = gl.max(some_lse, 0)
+            shift = gl.where(m == -float("inf"), 0.0, m)  # a row that sees no key: 0 instead of inf - inf
             weight = gl.exp2(some_lse - shift[None, :])
-            l = l * old + gl.sum(weight, 0)
-            acc = acc * gl.convert_layout(old, of_result_row)[:, None]
-            acc += gl.sum(some.to(gl.float32) * weight[:, :, None], 0)
-            m = m_new
+            l = gl.sum(weight, 0)
+            acc = gl.sum(some.to(gl.float32) * weight[:, :, None], 0)
+        else:
+            m = gl.full([ROWS], -float("inf"), gl.float32, of_row)
+            l = gl.zeros([ROWS], gl.float32, of_row)
+            acc = gl.zeros([ROWS, CHUNK], gl.float32, result)
+            for begin in range(0, count, PIECES):
+                some_lse, some = _load_partials(
+                    partial_ptr, partial_lse_ptr, base, begin + piece, count, aligned, tile, row_tiles, row,
+                    first_col + col, TILE,
+                )  # fmt: skip
+                m_new = gl.maximum(m, gl.max(some_lse, 0))
+                shift = gl.where(m_new == -float("inf"), 0.0, m_new)
+                old = gl.exp2(m - shift)
+                weight = gl.exp2(some_lse - shift[None, :])
+                l = l * old + gl.sum(weight, 0)
+                acc = acc * gl.convert_layout(old, of_result_row)[:, None]
+                acc += gl.sum(some.to(gl.float32) * weight[:, :, None], 0)
+                m = m_new
         LN2: gl.constexpr = 0.6931471805599453
         inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
         natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
