@@ -21,15 +21,25 @@ RECORDS = sorted((ROOT / "results" / "h200").glob("*.json"))
 STAMP = {"environment": {"torch": "2"}, "ceilings": {"copy_bytes_per_s": 1.0}, "peers": {}}
 
 
-@pytest.fixture(scope="module")
-def run_all() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_all", ROOT / "benchmarks" / "h200" / "run_all.py")
+def _script(name: str) -> ModuleType:
+    """A script of benchmarks/h200 as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "h200" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["run_all"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def run_all() -> ModuleType:
+    return _script("run_all")
+
+
+@pytest.fixture(scope="module")
+def anchors() -> ModuleType:
+    return _script("anchors")
 
 
 @pytest.fixture
@@ -147,6 +157,27 @@ def test_a_library_that_is_not_here_is_a_record_too(run_all, step, tmp_path):
     made = step("backends_cutlass", source)
     assert run_all.refresh([made], tmp_path, STAMP) == ["backends_cutlass"]
     assert run_all.refresh([replace(made, codes=(0, 1))], tmp_path, STAMP) == []
+
+
+def test_peers_beside_what_others_measured(anchors, tmp_path, capsys):
+    def row(backend, microseconds, heads=16):
+        timing = {"median": microseconds * 1e-6} if microseconds else None
+        return {"config": {"backend": backend, "batch_spec": "64q1s4k", "num_q_heads": heads}, "timing": timing}
+
+    rows = [row("flashmla", 110.0), row("flashinfer_mla", None), row("flashattn_mla", 49.0), row("mlakit", 90.0),
+            row("flashmla", 139.6, heads=128), row("flashmla", 1.0, heads=7)]  # fmt: skip
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"rows": rows}))
+    assert anchors.main([str(path)]) == 1
+    found = capsys.readouterr()
+    assert "| `64q1s4k` | 16 | 110.0 (1.02) |  | 49.0 (0.50) |" in found.out
+    assert "| `64q1s4k` | 128 | 139.6 (1.00) |  |  |" in found.out
+    assert found.err == "flashattn_mla on 64q1s4k with 16 heads: 49.0 us, anchor 98.0\n"
+
+
+def test_the_document_has_the_records_table(anchors):
+    table = anchors.table(json.loads(anchors.RECORD.read_text()))
+    assert table in (ROOT / "docs" / "backends.md").read_text()
 
 
 def test_without_a_gpu_it_refuses_in_one_line(run_all, monkeypatch, capsys, tmp_path):

@@ -36,7 +36,6 @@ def plot(choices: Sequence[Choice], title: str, path: Path) -> None:
         style.doubling_axis(panel, {n for choice in choices for n in choice.given})
         style.tidy(panel)
         panel.legend(frameon=False, fontsize=style.SMALL)
-    low, high = panels[0].get_ylim()
-    panels[0].set_ylim(low, min(high, _LARGEST_RATIO))
+    panels[0].set_ylim(0, min(panels[0].get_ylim()[1], _LARGEST_RATIO))
     panels[0].set_ylabel(f"time / auto's (cut off at {_LARGEST_RATIO:g})")
     style.save(figure, path)
