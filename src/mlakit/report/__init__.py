@@ -1,1 +1,1 @@
-"""Reports from records: plots now; pages, comparisons and Markdown have their place here."""
+"""Reports from records: pages, tables, plots and comparisons, all from the one form that `load` reads them into."""
