@@ -409,6 +409,8 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--compile-flashinfer", action="store_true", help="only let FlashInfer compile its kernel")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none here")
     if args.compile_flashinfer:
         compile_flashinfer()
         return

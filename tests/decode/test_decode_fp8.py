@@ -108,7 +108,6 @@ def test_the_portable_kernels(
     ("target", "heads", "kind", "q_dtype"),
     [
         (90, 16, "rows", torch.bfloat16),
-        (90, 128, "rows", torch.bfloat16),
         (90, 128, "e4m3", E4M3),
         (80, 128, "rows", torch.float16),
     ],
