@@ -1,26 +1,12 @@
-import os
 import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-SUPPORT = Path(__file__).parents[1] / "support"
+from tests.support.command import run_command
 
 
 @pytest.fixture
-def mlakit(tmp_path):
-    """Runs the command in an empty folder; returns the finished process."""
-
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        path = f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        return subprocess.run(
-            [sys.executable, "-m", "mlakit", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-            env={**os.environ, "PYTHONPATH": path, **environment},
-        )
-
-    return run
+def mlakit(tmp_path, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs the command in an empty folder; returns what a finished process would."""
+    return lambda *arguments: run_command(tmp_path, monkeypatch, *arguments)
