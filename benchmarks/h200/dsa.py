@@ -17,7 +17,7 @@ import torch
 from common import CUDA, Job, Tensors, parse_arguments, run
 from indexer import DIM, F8, PAGE, deep_gemm
 from indexer import HEADS as INDEX_HEADS
-from sparse import HEADS, LATENT, RANK, SAMPLE, SCALE, flash_mla
+from sparse import HEADS, LATENT, RANK, SAMPLE, flash_mla
 
 from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cache, select_topk, slots_of
@@ -26,6 +26,7 @@ from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill, mla_sparse_pref
 from mlakit.testing import compare
 
 TOPK = 2048
+SCALE = LATENT**-0.5
 PREFILL = [(4096, 8192), (4096, 32768), (4096, 131072)]  # the newest queries of so many keys
 DECODE = [(1, 1, 131072), (64, 1, 32768), (128, 2, 8192)]  # requests, new tokens, keys of each
 

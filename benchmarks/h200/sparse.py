@@ -55,9 +55,9 @@ TUNED_FP8 = [
     SparseConfig(64, 32, 8, 3, wgmma=True), SparseConfig(16, 32, 4, 3, 2), SparseConfig(16, 32, 8, 3),
     SparseConfig(16, 64, 8, 2), SparseConfig(32, 32, 8, 3), SparseConfig(32, 32, 8, 2, 2),
 ]  # fmt: skip
-# Of the Gluon kernel, from 16 bits and from float8; the first is the default.
-HOPPER = [HopperConfig(216, 72, 2, 0), HopperConfig(216, 72, 2, 1)]
-HOPPER_FP8 = [HopperConfig(200, 104, 1, 0), HopperConfig(200, 104, 1, 1)]
+# Of the Gluon kernel, from 16 bits and from float8, beside the default.
+HOPPER = [HopperConfig(216, 72, 1), HopperConfig(208, 88, 2)]
+HOPPER_FP8 = [HopperConfig(208, 88, 1), HopperConfig(192, 120, 1)]
 
 
 def flash_mla() -> Any:
@@ -70,7 +70,7 @@ def flash_mla() -> Any:
 
 def named(config: SparseConfig | HopperConfig) -> str:
     if isinstance(config, HopperConfig):
-        return f"hopper order {config.order}"
+        return f"hopper {config.consumer_regs} {config.producer_regs} parts {config.parts}"
     form = " wgmma" if config.wgmma else ""
     return f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages} r{config.resident}{form}"
 
@@ -116,7 +116,7 @@ def prefill_job(s_q: int, s_kv: int, topk: int, heads: int, latent: int, tune: b
     candidates: list[Candidate] = [("triton", ours("triton"))]
     if capability(CUDA) == (9, 0):
         candidates.append(("hopper", ours("hopper")))
-        candidates += [(named(config), configured(config)) for config in HOPPER[0 if tune else 1 :]]
+        candidates += [(named(config), configured(config)) for config in (HOPPER if tune else [])]
     if peer:
         candidates.append(("flash_mla", lambda: peer.flash_mla_sparse_fwd(q, kv, indices, scale, RANK)))
     if tune:
@@ -189,7 +189,7 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     if capability(CUDA) == (9, 0):
         candidates.append(("hopper", ours("hopper")))
         forms = HOPPER_FP8 if fp8 else HOPPER
-        candidates += [(named(config), configured(config, None)) for config in forms[0 if tune else 1 :]]
+        candidates += [(named(config), configured(config, None)) for config in (forms if tune else [])]
     if peer and fp8:
         candidates.append(("flash_mla", theirs))
     if tune:

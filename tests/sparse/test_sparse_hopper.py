@@ -8,7 +8,7 @@ import torch
 from mlakit.dispatch import which_impl
 from mlakit.hardware import DeviceInfo, pretend
 from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill
-from mlakit.sparse.hopper_config import HopperConfig, choose_config, is_faster_than_triton, refusal
+from mlakit.sparse.hopper_config import HopperConfig, choose_config, is_taken, refusal
 
 H200 = DeviceInfo("cuda", 0, "NVIDIA H200", (9, 0), 132, 60 * 2**20, 141 * 2**30)
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.uint8
@@ -71,8 +71,11 @@ def test_which_impl() -> None:
 
 
 def test_which_is_taken() -> None:
-    assert is_faster_than_triton(*prefill_inputs(128)[:2])
-    assert is_faster_than_triton(*decode_inputs(16)[:2])
+    assert is_taken(*prefill_inputs(16)[:2])
+    q, cache, _ = decode_inputs(128, cache=BF16)  # 12 programs
+    assert not is_taken(q, cache)
+    assert is_taken(torch.cat([q, q]), cache)
+    assert not is_taken(*decode_inputs(128)[:2])  # float8
     # A thread may have 255 registers, a multiprocessor has 65536; the launch's 168 are what is shared out.
     for fp8 in (False, True):
         config = choose_config(fp8)

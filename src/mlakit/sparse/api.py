@@ -99,8 +99,8 @@ def mla_sparse_decode(
             any number of heads.
         cache: [pages, page_size, latent_dim] in q's dtype, or the float8 cache, uint8 [pages, page_size, bytes] (656
             bytes for DeepSeek: 512 e4m3 codes, 4 float32 scales, 64 bfloat16 rope values), dequantized inside the
-            kernel: code * scale, rounded to 16 bits (q's dtype; "hopper": float16 times a power of two for each token).
-            Slots that no index names are not read and may hold anything.
+            kernel: code * scale, rounded to q's dtype (impl="hopper", which is never taken unasked for it: to float16
+            times a power of two of each token's). Slots that no index names are not read and may hold anything.
         indices: [batch, q_len, topk] int32, page * page_size + offset, in any order, any topk. An index below 0 or past
             the cache is ignored, wherever it stands; one that is given twice counts twice.
         softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is

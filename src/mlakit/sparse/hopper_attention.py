@@ -134,7 +134,6 @@ def _attend(
     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
     ROPE: gl.constexpr, SINK: gl.constexpr, LENGTH: gl.constexpr, MAX_LOGITS: gl.constexpr, SPLIT: gl.constexpr,
     FP8: gl.constexpr, PARTS: gl.constexpr,
-    ORDER: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all items of its program."""
     DTYPE: gl.constexpr = keys.dtype
@@ -178,60 +177,7 @@ def _attend(
                 s = s * numbers.index(2 + W).load(of_key)[None, :] + numbers.index(W).load(of_key)[None, :]
             else:
                 s = s * scale_log2 + numbers.index(W).load(of_key)[None, :]
-            if ORDER > 0 and W == 0:
-                m_new = gl.maximum(m, gl.max(s, 1))
-                shift = _finite(m_new)
-                factor = gl.exp2(m - shift)
-                maxima.index(0).store(m_new)
-                factors.index(0).store(factor)
-                p = gl.exp2(s - shift[:, None])
-                rounded = p.to(DTYPE)
-                weights.index(0).store(rounded)
-                fence_async_shared()
-                mbarrier.arrive(told_p.index(0), count=1)
-                l = l * factor + _sum(p, numbers, W, of_key, FP8)
-                o = o * gl.convert_layout(factor, of_out_row)[:, None]
-                own = gl.convert_layout(rounded, operand)
-                o = warpgroup_mma(own, k_al, o, is_async=True)
-                mbarrier.wait(told_s, phase)
-                m = maxima.index(1).load(of_row)
-                later = factors.index(1).load(of_row)
-                l = l * later
-                o, own = warpgroup_mma_wait(0, [o, own])
-                mbarrier.arrive(empty.index(0), count=1)
-                o = o * gl.convert_layout(later, of_out_row)[:, None]
-                mbarrier.wait(told_p.index(1), phase)
-                o = warpgroup_mma(weights.index(z + 1), k_bl, o, is_async=True)
-                o = warpgroup_mma_wait(0, [o])
-                mbarrier.arrive(empty.index(2), count=1)
-            elif ORDER > 0:
-                own_max = gl.max(s, 1)
-                mbarrier.wait(told_p.index(0), phase)
-                m = maxima.index(0).load(of_row)
-                earlier = factors.index(0).load(of_row)
-                o = o * gl.convert_layout(earlier, of_out_row)[:, None]
-                o = warpgroup_mma(weights.index(z), k_ar, o, is_async=True)
-                m_new = gl.maximum(m, own_max)
-                shift = _finite(m_new)
-                factor = gl.exp2(m - shift)
-                maxima.index(1).store(m_new)
-                factors.index(1).store(factor)
-                mbarrier.arrive(told_s, count=1)
-                p = gl.exp2(s - shift[:, None])
-                rounded = p.to(DTYPE)
-                weights.index(1).store(rounded)
-                fence_async_shared()
-                mbarrier.arrive(told_p.index(1), count=1)
-                l = l * (factor * earlier) + _sum(p, numbers, W, of_key, FP8)
-                own = gl.convert_layout(rounded, operand)
-                o = warpgroup_mma_wait(0, [o])
-                mbarrier.arrive(empty.index(1), count=1)
-                o = o * gl.convert_layout(factor, of_out_row)[:, None]
-                o = warpgroup_mma(own, k_br, o, is_async=True)
-                o, own = warpgroup_mma_wait(0, [o, own])
-                mbarrier.arrive(empty.index(3), count=1)
-                m = m_new
-            elif W == 0:
+            if W == 0:
                 m_new = gl.maximum(m, gl.max(s, 1))
                 shift = _finite(m_new)
                 factor = gl.exp2(m - shift)
@@ -340,7 +286,7 @@ def _mla_sparse_hopper_kernel(
     items, q_len, heads, group, row_tiles, topk, s_kv, splits, zero,
     STRIDE_KT: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, FP8: gl.constexpr,
     SINK: gl.constexpr, LENGTH: gl.constexpr, MAX_LOGITS: gl.constexpr, SPLIT: gl.constexpr,
-    PARTS: gl.constexpr, ORDER: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PARTS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = gl.float16 if FP8 else q_ptr.dtype.element_ty
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -400,20 +346,20 @@ def _mla_sparse_hopper_kernel(
                     stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
                     splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
                     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
-                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS, ORDER,
+                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (_attend, (
                     1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                     stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
                     splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
                     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
-                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS, ORDER,
+                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (gather_fp8, (
                     q_ptr, kv_ptr, indices_ptr, length_ptr, scale_log2, stride_qb, stride_qs, stride_qh, stride_kp,
                     stride_ib, stride_is, stride_lb, stride_ls, items, q_len, heads, group, row_tiles, topk, s_kv,
                     splits, queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q, full_b,
-                    STRIDE_KT, PAGE_SIZE, LENGTH, SPLIT, PARTS, ORDER,
+                    STRIDE_KT, PAGE_SIZE, LENGTH, SPLIT,
                 )),
             ],
             [4, 4],
@@ -427,20 +373,20 @@ def _mla_sparse_hopper_kernel(
                     stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
                     splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
                     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
-                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS, ORDER,
+                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (_attend, (
                     1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                     stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
                     splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
                     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
-                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS, ORDER,
+                    ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (gather, (
                     q_ptr, kv_ptr, indices_ptr, length_ptr, stride_qb, stride_qs, stride_qh, stride_kp, stride_kh,
                     stride_ib, stride_is, stride_ih, stride_lb, stride_ls, items, q_len, heads, group, row_tiles, topk,
                     s_kv, splits, queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q, full_b,
-                    STRIDE_KT, ROPE, PAGE_SIZE, LENGTH, SPLIT, PARTS, ORDER,
+                    STRIDE_KT, ROPE, PAGE_SIZE, LENGTH, SPLIT, PARTS,
                 )),
             ],
             [4, 4],

@@ -61,7 +61,7 @@ def gather(
     stride_ib, stride_is, stride_ih, stride_lb, stride_ls, items, q_len, heads, group, row_tiles, topk, s_kv, splits,
     queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q, full_b,
     STRIDE_KT: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, LENGTH: gl.constexpr, SPLIT: gl.constexpr,
-    PARTS: gl.constexpr, ORDER: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     # Eight threads have 128 bytes of a key: what a warp writes at once has no bank conflict.
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -97,20 +97,14 @@ def gather(
             _fill(rows_a, valid_a, keys, full, 0, PARTS, layout)
             numbers.index(0).store(gl.where(valid_a, 0.0, -float("inf")))
             mbarrier.arrive(full_b.index(0), count=1)
-            if ORDER > 0:
-                mbarrier.wait(empty.index(1), free)
-                if ROPE:
-                    _copy(rows_a, valid_a, 512, ropes.index(0), layout)
-                _fill(rows_a, valid_a, keys, full, 1, PARTS, layout)
             mbarrier.wait(empty.index(3), free)
             _fill(rows_b, valid_b, keys, full, 3, PARTS, layout)
             numbers.index(1).store(gl.where(valid_b, 0.0, -float("inf")))
             mbarrier.arrive(full_b.index(1), count=1)
-            if ORDER == 0:
-                mbarrier.wait(empty.index(1), free)
-                if ROPE:
-                    _copy(rows_a, valid_a, 512, ropes.index(0), layout)
-                _fill(rows_a, valid_a, keys, full, 1, PARTS, layout)
+            mbarrier.wait(empty.index(1), free)
+            if ROPE:
+                _copy(rows_a, valid_a, 512, ropes.index(0), layout)
+            _fill(rows_a, valid_a, keys, full, 1, PARTS, layout)
             mbarrier.wait(empty.index(2), free)
             if ROPE:
                 _copy(rows_b, valid_b, 512, ropes.index(1), layout)

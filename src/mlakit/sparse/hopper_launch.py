@@ -97,7 +97,6 @@ def _plan_call(
             "MAX_LOGITS": max_logits is not None,
             "SPLIT": splits > 1,
             "PARTS": config.parts,
-            "ORDER": config.order,
             "CONSUMER_REGS": config.consumer_regs,
             "PRODUCER_REGS": config.producer_regs,
         },

@@ -132,7 +132,7 @@ def choose_impl(
 ) -> str:
     """The implementation to run, the fastest where none is named."""
     hopper = _hopper_reason(str(q.device)) or hopper_config.refusal(q, keys, d_v, out)
-    if hopper is None and (impl == "hopper" or (impl is None and hopper_config.is_faster_than_triton(q, keys))):
+    if hopper is None and (impl == "hopper" or (impl is None and hopper_config.is_taken(q, keys))):
         return "hopper"
     triton = why_not_triton(str(q.device)) or _input_reason(q, keys, d_v)
     if not q.is_cuda:  # there Triton can only be interpreted, which is for tests
