@@ -98,6 +98,11 @@ def test_machines_and_software_that_differ_are_named(make_record):
     a = make_record(bench_row(), environment={"driver": "1"})
     b = make_record(bench_row(), device="another", environment={"driver": "1", "torch": "2.13"})
     machines, software = warnings([a, b])
+    threads = [make_record(bench_row(), environment={"threads": n}) for n in (1, 2)]
+    assert warnings(threads) == []  # of the host of a GPU, they say nothing
+    host = {"device": {"kind": "cpu", "name": "a CPU"}}
+    threads = [make_record(bench_row(), environment={**host, "threads": n}) for n in (1, 2)]
+    assert warnings(threads) == ["Machines differ between the records, compare them with care: CPU threads 1 and 2"]
     assert machines == "Machines differ between the records, compare them with care: device a GPU and another"
     assert software == "Software differs between the records, compare them with care: torch 2.11 and 2.13"
     columns = environments([a, b, a])

@@ -86,10 +86,10 @@ def _facts(session: Session) -> dict[str, str]:
     return {word: text for word, text in facts.items() if text}
 
 
-def _text(name: str, environment: Mapping[str, Any]) -> str:
+def _text(name: str, environment: Mapping[str, Any], part: str = "name") -> str:
     value = environment.get(name)
     if isinstance(value, Mapping):
-        value = value.get("name")
+        value = value.get(part)
     return "" if value is None else str(value)
 
 
@@ -104,9 +104,11 @@ def warnings(records: Sequence[LoadedRecord]) -> list[str]:
 def _differing_machines(records: Sequence[LoadedRecord]) -> list[str]:
     sessions = [session for record in records for session in record.sessions]
     values = {name: list(dict.fromkeys(_text(name, session.environment) for session in sessions)) for name in _WORDS}
+    if not any(_text("device", session.environment, "kind") == "cpu" for session in sessions):
+        del values["threads"]  # a GPU's times do not depend on them
     found = []
     for what, names in (("Machines", _MACHINE), ("Software", [name for name in _WORDS if name not in _MACHINE])):
-        differing = [name for name in names if len(values[name]) > 1]
+        differing = [name for name in names if len(values.get(name, ())) > 1]
         if differing:
             words = "; ".join(
                 f"{_WORDS[name]} {' and '.join(v or 'unknown' for v in values[name])}" for name in differing

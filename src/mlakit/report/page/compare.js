@@ -131,7 +131,7 @@ function drawCompare(jobs) {
   plot("compare", traces, {
     height: 90 + 24 * legend_lines + (lines.length > 20 ? 22 : 30) * Math.max(lines.length, 2),
     margin: { l: 10, r: alone ? 70 : 14, t: 16 + 22 * legend_lines, b: 48 },
-    showlegend: !alone,
+    showlegend: legend_lines > 0,
     xaxis: { title: { text: metric.axis }, ...ticks(reached, metric.log, metric.unit) },
     yaxis: {
       tickmode: "array",

@@ -132,6 +132,7 @@ function drawSweep(jobs) {
   plot("sweep", traces, {
     height: 400 + 22 * legend_lines,
     margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
+    showlegend: legend_lines > 0,
     xaxis: {
       title: { text: `${safe(words(x))}${log ? " (log scale)" : ""}` },
       type: log ? "log" : "linear",

@@ -35,10 +35,11 @@ function plot(id, traces, more) {
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
   });
 }
-// How many lines a legend takes, by the letters of its longest entry.
+// How many lines a legend takes, by the letters of its longest entry; 0 for one that would hide what it explains.
 function legendLines(traces) {
-  const longest = most(traces.map((trace) => trace.name.length)),
-    room = element("compare").clientWidth * (narrow() ? 0.75 : 0.9);
+  if (traces.length > (narrow() ? 12 : 24)) return 0;
+  const longest = most(traces.map((trace) => trace.name.length));
+  const room = element("compare").clientWidth * (narrow() ? 0.75 : 0.9);
   return Math.ceil(traces.length / Math.max(1, Math.floor(room / (7 * longest + 45))));
 }
 const marker = (backend, extra = {}) => ({

@@ -89,6 +89,10 @@ function render() {
     node.hidden = !records.has(node.dataset.record);
 }
 
+// Many backends would push the answer off the screen.
+function foldChips() {
+  element("chips-box").open = backendsShown().length <= (narrow() ? 8 : 24);
+}
 function choose(id, change) {
   element(id).addEventListener("input", (event) => {
     change(event.target.value);
@@ -99,6 +103,7 @@ choose("operation", (value) => {
   Object.assign(chosen, { operation: value, search: "", all: false, sort: null });
   element("search").value = "";
   for (const select of document.querySelectorAll(".picks select")) delete select.dataset.touched;
+  foldChips();
 });
 choose("model", (value) => {
   chosen.model = value;
@@ -142,6 +147,6 @@ function drawAll() {
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 matchMedia("(max-width: 640px)").addEventListener("change", drawAll);
-element("chips-box").open = !narrow() || backendsShown().length <= 8;
+foldChips();
 drawAll();
 document.documentElement.dataset.ready = "yes"; // what a test waits for

@@ -68,7 +68,7 @@ function drawMap(jobs) {
     if (fastest)
       return {
         z: names.indexOf(row.backend),
-        text: [named ? safe(row.backend) : "", gain ? factor(gain) : ""].filter(Boolean).join("<br>"),
+        text: [named ? safe(row.backend) : "", gain && room >= 34 ? factor(gain) : ""].filter(Boolean).join("<br>"),
         hover: lines.join("<br>"),
       };
     return gain ? { z: Math.log2(gain), text: factor(gain), hover: lines.join("<br>") } : null;

@@ -50,6 +50,7 @@ function drawRoofline(jobs) {
   plot("roofline", traces, {
     height: 420 + 22 * legend_lines,
     margin: { l: 10, r: 14, t: 16 + 22 * legend_lines, b: 48 },
+    showlegend: legend_lines > 0,
     xaxis: {
       title: { text: "FLOP a byte (log scale)" },
       type: "log",
