@@ -169,7 +169,8 @@ def test_every_committed_record_compares_with_itself(path):
     assert len(comparison.pairs) == len(record.rows)
     assert not comparison.only_a
     assert not comparison.only_b
-    assert not comparison.warnings
+    # Nothing differs; that the GPU was slowed down, where it was, is said all the same.
+    assert all(line.startswith("the GPU was slowed down in ") for line in comparison.warnings)
     assert all(pair.before is pair.after for pair in comparison.pairs)
     assert {pair.ratio.value for pair in comparison.pairs if pair.ratio} <= {1.0}
     assert not comparison.counts["SLOWER"] + comparison.counts["FASTER"]
