@@ -28,6 +28,7 @@ from mlakit.bench import config_file
 from mlakit.bench.plan import make_plan, settings_for
 from mlakit.cli.bench import flags
 from mlakit.cli.main import build_parser, main
+from tests.support.command import remember_ceilings
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "mlakit"
@@ -98,6 +99,7 @@ class Runner:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
+        remember_ceilings(monkeypatch)
         self.ran: set[str] = set()  # studies; the second time a document shows one it is parsed
 
     def block(self, block: Block) -> None:
