@@ -157,6 +157,7 @@ def test_title():
 OTHER = {
     "backend": "torch_naive",
     "batch_spec": "q1s2k",
+    "batch_name": "a mix",
     "attention": "standard",
     "model": "deepseek-r1",
     "num_q_heads": 64,
@@ -184,7 +185,7 @@ OTHER = {
     "timeout": 10.0,
     "label": "another",
 }
-NOT_MEASURED = {"timeout", "label"}
+NOT_MEASURED = {"timeout", "label", "batch_name"}
 
 
 def test_every_field_has_another_value_here():
