@@ -93,8 +93,8 @@ def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig) -> Tensors:
 
 
 def logits_jobs(tune: bool, peer: Any) -> Iterator[Job]:
-    for s_q, s_kv in [*SHAPES, *(() if tune else CAUSAL)]:
-        causal = (s_q, s_kv) not in SHAPES
+    every = [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in (() if tune else CAUSAL)]
+    for s_q, s_kv, causal in every:
         arguments = inputs(s_q, s_kv)
         start = torch.zeros(s_q, dtype=torch.int32, device=CUDA)
         end = torch.full_like(start, s_kv)
