@@ -33,13 +33,12 @@ def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> to
         kv = layer.wkv_a(x)
         if step.cache is not None:
             _append(layer, kv.detach(), step)
-        seq_lens = step.seq_lens(x.device)
     q = layer.query(x)
     # Keys and values can be expanded from tokens that are here; those of a cache in pieces are attended to where they
     # lie.
     few = step.seqlen <= MQA_TOKENS or (isinstance(step.cache, LatentCache) and not step.cache.is_whole)
     if not isinstance(step.start, int) or (not step.begins and few and not wants_grad(q, kv)):
-        return _attend_in_mqa_mode(layer, q, step, seq_lens, branch).flatten(2)
+        return _attend_in_mqa_mode(layer, q, step, branch).flatten(2)
     branch.join()
     return _attend_in_mha_mode(layer, q, kv, step).flatten(2)
 
@@ -70,9 +69,7 @@ def _append(layer: "MultiheadLatentAttention", kv: torch.Tensor, step: Step) -> 
         cache.filled = step.end
 
 
-def _attend_in_mqa_mode(
-    layer: "MultiheadLatentAttention", q: torch.Tensor, step: Step, seq_lens: torch.Tensor, branch: Branch
-) -> torch.Tensor:
+def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step: Step, branch: Branch) -> torch.Tensor:
     """Absorb the keys' up-projection into the query, attend to the latent, project the values up."""
     cache, args = step.cache, layer.args
     assert isinstance(cache, LatentCache)
@@ -87,6 +84,7 @@ def _attend_in_mqa_mode(
     by_head = absorbed.view(tokens, heads, args.latent_dim)[..., :rank].transpose(0, 1)
     with branch.inside():
         step.rotate(q_pe, out=absorbed[..., rank:])
+        seq_lens = step.seq_lens(q.device)
     _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
     branch.join()
 
