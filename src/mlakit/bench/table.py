@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlakit.bench.batch_spec import get_batch_type
+from mlakit.bench.grouping import grouped
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult
 from mlakit.bench.units import percent, rate, seconds, three
 
@@ -42,10 +43,7 @@ def comparison_key(row: BenchmarkResult) -> tuple[object, ...]:
 
 def group_rows(rows: Sequence[BenchmarkResult]) -> list[tuple[BenchmarkResult, ...]]:
     """Rows that may be compared, together; groups and rows in order of first appearance."""
-    groups: dict[tuple[object, ...], list[BenchmarkResult]] = {}
-    for row in rows:
-        groups.setdefault(comparison_key(row), []).append(row)
-    return [tuple(group) for group in groups.values()]
+    return [tuple(group) for group in grouped(rows, comparison_key)]
 
 
 def _time(row: BenchmarkResult, batch: _Batch) -> str:

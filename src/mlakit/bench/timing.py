@@ -133,8 +133,11 @@ def time_calls(
     return Timing(tuple(clock.sample([calls[i % len(calls)] for i in range(count)])), clock.host)
 
 
-def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture one call in a CUDA graph, after a warm-up on a side stream as PyTorch asks for."""
+def capture(call: Callable[[], object], *, error_mode: str = "global") -> torch.cuda.CUDAGraph:
+    """Capture one call in a CUDA graph, after a warm-up on a side stream as PyTorch asks for.
+
+    With the error mode "thread_local" other threads may speak to the GPU meanwhile.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -142,7 +145,7 @@ def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=error_mode):
         call()
     return graph
 

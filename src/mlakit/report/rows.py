@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlakit.bench.grouping import grouped
 from mlakit.report.load import LoadedRecord, Measurement, Session, Value
 
 # The operations that a reader looks for first; others follow in the order of the records.
@@ -38,7 +39,7 @@ def entries_of(records: Sequence[LoadedRecord]) -> list[Entry]:
     found = [Entry(row, record, row.backend) for record in records for row in record.rows]
     order = {name: i for i, name in enumerate(_FIRST)}
     found.sort(key=lambda entry: order.get(entry.row.operation, len(_FIRST)))
-    for mine in _grouped(found, lambda entry: (entry.row.operation, entry.row.backend)):
+    for mine in grouped(found, lambda entry: (entry.row.operation, entry.row.backend)):
         _name(mine)
     return found
 
@@ -66,7 +67,7 @@ def _name(entries: Sequence[Entry]) -> None:
 
 
 def _twice(entries: Sequence[Entry]) -> list[list[Entry]]:
-    return [same for same in _grouped(entries, lambda entry: (entry.job, entry.label)) if len(same) > 1]
+    return [same for same in grouped(entries, lambda entry: (entry.job, entry.label)) if len(same) > 1]
 
 
 def _differing(mappings: Iterable[Mapping[str, Value]]) -> list[str]:
@@ -75,13 +76,6 @@ def _differing(mappings: Iterable[Mapping[str, Value]]) -> list[str]:
     for name in dict.fromkeys(name for mapping in mappings for name in mapping):
         seen[name] = {mapping.get(name) for mapping in mappings}
     return [name for name, values in seen.items() if len(values) > 1]
-
-
-def _grouped(entries: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list[list[Entry]]:
-    found: dict[Hashable, list[Entry]] = {}
-    for entry in entries:
-        found.setdefault(key(entry), []).append(entry)
-    return list(found.values())
 
 
 def job_titles(jobs: Sequence[Sequence[Entry]]) -> list[str]:
@@ -134,7 +128,7 @@ def page_data(records: Sequence[LoadedRecord], baseline: str | None = None) -> d
     labels = list(dict.fromkeys(entry.label for entry in entries))
     if baseline is not None and baseline not in labels:
         raise ValueError(f"--baseline: no row of {baseline!r}; the records have: {', '.join(labels)}")
-    jobs = _grouped(entries, lambda entry: entry.job)
+    jobs = grouped(entries, lambda entry: entry.job)
     titles = job_titles(jobs)
     return {
         "baseline": baseline,

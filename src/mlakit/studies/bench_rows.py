@@ -2,11 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from mlakit.bench.config import DEFAULT_MLA_MODEL, BenchmarkConfig, infer_attention
 from mlakit.bench.results import BenchmarkResult, Record
@@ -129,3 +131,9 @@ def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any =
             raise
     if not args.quiet:
         print(f"saved: record {path}", file=sys.stderr)
+
+
+def print_findings(out: Console, findings: Iterable[str], reasons: Mapping[str, str]) -> None:
+    """What was found, a line each, and why a backend has no part in it."""
+    for line in (*findings, *(f"{name}: not available: {reason}" for name, reason in reasons.items())):
+        out.print(line, soft_wrap=True)

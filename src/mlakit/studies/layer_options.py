@@ -194,7 +194,7 @@ def parse_common(args: argparse.Namespace) -> Options:
         device=device,
         trials=trials,
         warmup=whole("--warmup", args.warmup, 0),
-        tolerance=_positive("--tolerance", tolerance),
+        tolerance=positive("--tolerance", tolerance),
         seed=whole("--seed", args.seed, 0),
     )
 
@@ -262,7 +262,8 @@ def whole_numbers(flag: str, values: Iterable[str | int], least: int = 1, *, kee
     return found if keep_order else sorted(found)
 
 
-def _positive(flag: str, value: str | float) -> float:
+def positive(flag: str, value: str | float) -> float:
+    """A number above 0, or a ValueError that names the flag."""
     try:
         number = float(value)
     except ValueError:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mlakit.bench.grouping import grouped
 from mlakit.bench.units import rate, seconds, three
 from mlakit.studies.layer_options import Shape
 
@@ -98,10 +99,7 @@ def title_of(phase: str, mode: str) -> str:
 
 def groups(rows: Sequence[Row], key: Callable[[Row], Any] = lambda row: row.job) -> list[list[Row]]:
     """Rows with the same key together, in order of first appearance."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return list(found.values())
+    return grouped(rows, key)
 
 
 def header() -> str:

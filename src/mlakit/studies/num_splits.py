@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     backends = check(args)
     plot_path = output_file(args.plot, "--plot")
     from mlakit.bench.table import make_console
-    from mlakit.studies.bench_rows import open_rows
+    from mlakit.studies.bench_rows import open_rows, print_findings
     from mlakit.studies.num_splits_report import findings, print_choices
 
     description = "Into how many pieces should a request's keys be cut, and what does auto cost against the best?"
@@ -159,8 +159,7 @@ def run(args: argparse.Namespace) -> int:
         rows.finish(lines)
     out = make_console()
     print_choices(out, choices, f"pieces that a request's keys are cut into: {rows.title}")
-    for line in (*lines, *(f"{name}: not available: {reason}" for name, reason in reasons.items())):
-        out.print(line, soft_wrap=True)
+    print_findings(out, lines, reasons)
     if not any(choice.best is not None for choice in choices):
         print("mlakit: no row succeeded", file=sys.stderr)
         return 1

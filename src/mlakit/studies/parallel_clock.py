@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mlakit.bench.gpu_state import GpuMonitor
-from mlakit.bench.timing import Timing
+from mlakit.bench.timing import Timing, capture
 from mlakit.distributed.group import Ranks
 from mlakit.hardware import device_info
 
@@ -72,17 +72,7 @@ class Clock:
         """What to time: the replay of a graph, or the call itself."""
         if self._mode != "graph":
             return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize(self._here.device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, NCCL's among them, may speak to the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
+        graph = capture(call, error_mode="thread_local")  # NCCL's threads speak to the GPU meanwhile
         self._graphs.append(graph)
         return graph.replay
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlakit.bench.batch_spec import BatchRequest, parse_batch_spec
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
-from mlakit.studies.layer_options import MODELS, Model, whole, whole_numbers
+from mlakit.studies.layer_options import MODELS, Model, positive, whole, whole_numbers
 
 SCOPES = ("attention", "layer")
 STRATEGIES = ("one", "tp", "cp", "cp-own", "both")
@@ -193,17 +193,6 @@ def requests_of(spec: str) -> Sequence[BatchRequest]:
             f"--batch-specs: {spec!r} has a request without earlier tokens; expected decode steps, as q1s1k"
         )
     return requests
-
-
-def positive(flag: str, value: str) -> float:
-    """A number above 0, or a ValueError that names the flag."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{flag}: expected a number above 0, got {value!r}")
-    return number
 
 
 def _link(args: argparse.Namespace) -> Link | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mlakit.bench.grouping import grouped
 from mlakit.bench.units import percent, seconds
 
 PARTS = ("attention", "merge", "communication", "rest")
@@ -96,10 +97,7 @@ def same_job(row: Row) -> tuple[Any, ...]:
 
 def groups(rows: Sequence[Row], key: Callable[[Row], Any] = same_job) -> list[list[Row]]:
     """Rows with the same key together, in order of first appearance."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return list(found.values())
+    return grouped(rows, key)
 
 
 def header() -> str:

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.backends import registry
     from mlakit.bench.config import infer_attention
     from mlakit.bench.table import make_console
-    from mlakit.studies.bench_rows import open_rows
+    from mlakit.studies.bench_rows import open_rows, print_findings
     from mlakit.studies.recommend_report import findings, print_advice
 
     on_gpu, on_cpu = workloads(args)
@@ -163,8 +163,7 @@ def run(args: argparse.Namespace) -> int:
         rows.finish(lines)
     out = make_console()
     print_advice(out, advice, f"recommended for {rows.title}")
-    for line in (*lines, *(f"{name}: not available: {reason}" for name, reason in reasons.items())):
-        out.print(line, soft_wrap=True)
+    print_findings(out, lines, reasons)
     if not any(each.winner for each in advice):
         print("mlakit: no row succeeded", file=sys.stderr)
         return 1

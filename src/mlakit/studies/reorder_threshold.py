@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from mlakit.backends import registry
     from mlakit.bench.crossover import find_curves, recommend_thresholds
     from mlakit.bench.table import make_console
-    from mlakit.studies.bench_rows import open_rows
+    from mlakit.studies.bench_rows import open_rows, print_findings
     from mlakit.studies.reorder_threshold_report import findings, print_curves
 
     check(args)
@@ -184,8 +184,7 @@ def run(args: argparse.Namespace) -> int:
         rows.finish(lines)
     out = make_console()
     print_curves(out, curves, f"decode against prefill pipeline: {rows.title}, {kv_len} keys, scope {args.scope}")
-    for line in (*lines, *(f"{name}: not available: {reason}" for name, reason in reasons.items())):
-        out.print(line, soft_wrap=True)
+    print_findings(out, lines, reasons)
     if not curves:
         print("mlakit: no row succeeded", file=sys.stderr)
         return 1
