@@ -23,6 +23,7 @@ class HopperConfig:
     least: int = 1  # steps of a piece, where nobody names a number of pieces
     worker_registers: int = 240  # of the second warpgroup of the kernel for many heads
     max_registers: int = 255
+    warps: int = 4  # of a program (float8)
 
 
 @dataclass(frozen=True)

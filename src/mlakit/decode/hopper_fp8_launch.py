@@ -1,0 +1,107 @@
+"""The launcher of the Hopper decode kernels for float8 caches."""
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, plan_slots
+from mlakit.decode.hopper_fp8 import _mla_decode_e4m3_kernel
+from mlakit.decode.hopper_launch import LOG2E, _counters
+from mlakit.hardware import device_info
+from mlakit.hopper_compile import warps_together
+
+_CODES = gl.NVMMASharedLayout(128, 8, rank=2)
+_ROPE_CODES = gl.NVMMASharedLayout(64, 8, rank=2)
+_MOST_LAUNCHES = 4096
+_LAUNCHES: dict[Any, tuple[Any, HopperConfig, HopperPlan, tuple[Any, ...]]] = {}
+
+
+def _launch_hopper_e4m3(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    num_splits: int | None,
+    q_scale: float,
+    kv_scale: float,
+    config: HopperConfig,
+) -> None:
+    """Fill `out` and `lse` from an e4m3 query and cache, as `hopper_launch._launch_hopper_decode` does."""
+    batch, q_len, heads, latent = q.shape
+    if batch == 0:
+        return
+    device, rows = q.device, q_len * heads
+    if not q.is_contiguous() or q.data_ptr() % 16:
+        q = q.clone(memory_format=torch.contiguous_format)
+    q_matrix = q.view(batch * rows, latent)
+    pages, page_size, _ = cache.shape
+    k_matrix = cache.as_strided((pages * page_size, latent), (cache.stride(1), 1))
+    aligned = tuple(tensor.data_ptr() % 16 for tensor in (out, lse, seq_lens, block_table))
+    key = (
+        q.shape, cache.shape, cache.stride(1), block_table.shape[1], block_table.stride(0), out.stride(), out.dtype,
+        softmax_scale, q_scale, kv_scale, causal, num_splits, config, device, aligned,
+    )  # fmt: skip
+    known = _LAUNCHES.get(key)
+    if known is None:
+        capacity = block_table.shape[1] * page_size
+        plan = plan_slots(
+            batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
+            config=config,
+        )  # fmt: skip
+    else:
+        kernel, config, plan, rest = known
+    tile_rows = config.tile_rows
+    partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
+    if plan.partials:
+        partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=out.dtype, device=device)
+        partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)
+        counters = _counters(device, batch * plan.row_tiles)
+
+    def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+        layout = _CODES if block[1] > ROPE else _ROPE_CODES
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
+
+    box = [page_size, 128] if page_size < 64 else [64, RANK]
+    arguments = (
+        descriptor(q_matrix, [tile_rows, RANK]), descriptor(q_matrix, [tile_rows, ROPE]), descriptor(k_matrix, box),
+        descriptor(k_matrix, [box[0], ROPE]), block_table, seq_lens, out, lse, partial, partial_lse, counters,
+    )  # fmt: skip
+    if known is not None:
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel(*arguments, *rest)
+        else:
+            kernel(*arguments, *rest)
+        return
+    numbers: tuple[Any, ...] = (
+        softmax_scale * q_scale * kv_scale * LOG2E, float(kv_scale), block_table.stride(0), *out.stride()[:3], batch,
+        q_len, heads, capacity, plan.row_tiles, plan.slots, plan.splits, plan.most_pieces, plan.slot_items, 0,
+    )  # fmt: skip
+    evenly_spaced = q_len == 1 or out.stride(1) == heads * out.stride(2)
+    requests = 1 if batch == 1 else max(128, triton.next_power_of_2(batch))
+    constants: tuple[Any, ...] = (
+        causal and q_len > 1, evenly_spaced, page_size, requests, config.least, tile_rows, config.stages, config.warps,
+    )  # fmt: skip
+    grid = (plan.programs, 1, 1)
+    options = {
+        "num_warps": config.warps,
+        "maxnreg": config.max_registers,
+        "launch_cooperative_grid": plan.partials > 0,
+    }
+    if device.type != "cuda":
+        with warps_together():
+            _mla_decode_e4m3_kernel[grid](*arguments, *numbers, *constants, **options)
+        return
+    with torch.cuda.device(device), warps_together():
+        compiled = _mla_decode_e4m3_kernel[grid](*arguments, *numbers, *constants, **options)
+    if len(_LAUNCHES) >= _MOST_LAUNCHES:
+        _LAUNCHES.clear()
+    _LAUNCHES[key] = compiled[grid], config, plan, (*numbers, *constants)
