@@ -49,6 +49,18 @@ def test_out_is_fully_written_and_returned(make_batch: "MakeBatch") -> None:
     batch.check(out, lse)
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_lse_is_fully_written_and_returned(make_batch: "MakeBatch", both: bool) -> None:
+    batch = make_batch([0, 20], q_len=2)
+    out = poison_(torch.empty((2, 2, 3, 64), dtype=batch.q.dtype)) if both else None
+    lse = poison_(torch.empty((2, 2, 3), dtype=torch.float32))
+    result, logs = run(batch.inputs, out=out, lse=lse, softmax_scale=batch.scale)
+    assert out is None or result is out
+    assert logs is lse
+    assert count_poison(lse) == 0
+    batch.check(result, lse)
+
+
 def test_no_requests(make_batch: "MakeBatch") -> None:
     q, cache, _, _ = make_batch([5]).inputs
     out, lse = run((q[:0], cache, torch.zeros((0, 4), dtype=torch.int32), torch.zeros(0, dtype=torch.int32)))
@@ -96,6 +108,10 @@ def test_refuses_wrong_inputs(make_batch: "MakeBatch", index: int, change: Any, 
         ({"out": torch.empty(2, 1, 3, 63, dtype=torch.float16)}, r"out must have shape \[2, 1, 3, 64\], got"),
         ({"out": torch.empty(2, 1, 3, 64)}, "out must be torch.float16, got torch.float32"),
         ({"out": torch.empty(2, 1, 64, 3, dtype=torch.float16).mT}, "out must have stride 1"),
+        ({"lse": torch.empty(2, 1, 4)}, r"lse must have shape \[2, 1, 3\], got"),
+        ({"lse": torch.empty(2, 1, 3, dtype=torch.float16)}, "lse must be torch.float32, got torch.float16"),
+        ({"lse": torch.empty(2, 1, 3, device="meta")}, "lse must be on cpu like the first argument, got meta"),
+        ({"lse": torch.empty(2, 1, 4)[..., :3]}, r"lse must be contiguous, got strides \[4, 4, 1\]"),
         ({"impl": "cuda"}, "unknown impl 'cuda'; expected one of reference, triton, hopper"),
     ],
 )
@@ -126,6 +142,8 @@ def test_gradients_are_the_reference_s(make_batch: "MakeBatch", monkeypatch: Any
     assert q.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="out must be None where a gradient is wanted"):
         run((q, *rest), out=torch.empty_like(out))
+    with pytest.raises(ValueError, match="lse must be None where a gradient is wanted"):
+        run((q, *rest), lse=torch.empty_like(out[..., 0]))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     half = make_batch([4]).inputs
     with pytest.raises(RuntimeError, match="it has no gradient"):
@@ -137,7 +155,7 @@ def test_operators_keep_their_schemas(make_batch: "MakeBatch") -> None:
     options = (batch.scale, True, batch.rank, None, "reference")
     torch.library.opcheck(torch.ops.mlakit.mla_decode, (*batch.inputs, *options))
     out = torch.empty((2, 1, 3, batch.rank))
-    torch.library.opcheck(torch.ops.mlakit.mla_decode_out, (*batch.inputs, out, *options))
+    torch.library.opcheck(torch.ops.mlakit.mla_decode_out, (*batch.inputs, out, torch.empty((2, 1, 3)), *options))
 
 
 def test_compiles_without_a_graph_break(make_batch: "MakeBatch") -> None:
@@ -147,8 +165,10 @@ def test_compiles_without_a_graph_break(make_batch: "MakeBatch") -> None:
     for got, want in zip(compiled(batch.inputs), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     out = torch.empty((2, 1, 3, 64))
-    compiled(batch.inputs, out=out)
-    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    lse = torch.empty((2, 1, 3))
+    compiled(batch.inputs, out=out, lse=lse)
+    for got, want in zip((out, lse), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_importing_the_operation_does_not_import_triton() -> None:

@@ -125,6 +125,5 @@ def test_opcheck(make_batch: "MakeBatch") -> None:
     batch = make_batch([20, 0], heads=2)
     torch.library.opcheck(torch.ops.mlakit.mla_decode, (*batch.inputs, batch.scale, True, batch.rank, 2, "triton"))
     out = torch.empty((2, 1, 2, batch.rank), dtype=batch.q.dtype)
-    torch.library.opcheck(
-        torch.ops.mlakit.mla_decode_out, (*batch.inputs, out, batch.scale, True, batch.rank, 2, "triton")
-    )
+    options = (batch.scale, True, batch.rank, 2, "triton")
+    torch.library.opcheck(torch.ops.mlakit.mla_decode_out, (*batch.inputs, out, torch.empty((2, 1, 2)), *options))

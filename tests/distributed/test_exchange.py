@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mlakit.distributed.exchange import Messages
+from mlakit.distributed.context import swaps_first
+from mlakit.distributed.exchange import Messages, message_bytes
 from mlakit.merge import merge_states_reference
 
 
@@ -24,6 +25,24 @@ def test_values_and_logs_lie_side_by_side(ranks, dtype, lse_dtype, dim):
     messages.lse.copy_(lse)
     assert torch.equal(messages.out, out)  # neither has overwritten the other
     assert torch.equal(messages.lse, lse)
-    assert messages.buffer.shape[-1] % 16 == 0
-    for actual, expected in zip(messages.merge(), merge_states_reference(out, lse), strict=True):
-        assert torch.equal(actual, expected)
+    assert messages.buffer.shape[1] % 16 == 0
+    assert messages.lse[0].is_contiguous()  # where kernels can write it
+    assert messages.buffer.nbytes == ranks * message_bytes(dtype, lse_dtype, 3, 2, dim)
+    for heads in (slice(None), slice(1, 2)):
+        expected = merge_states_reference(out[:, :, heads], lse[:, :, heads])
+        for actual, right in zip(messages.merge(heads), expected, strict=True):
+            assert torch.equal(actual, right)
+
+
+# A few tokens go to all ranks at once; more of them, or more ranks, get their own heads' results first. Heads that
+# cannot be divided always go to all.
+@pytest.mark.parametrize(
+    ("tokens", "heads", "ranks", "own", "all_"),
+    [(1, 128, 2, False, False), (32, 128, 2, True, False), (1, 128, 4, True, False), (1, 128, 8, True, True),
+     (32, 127, 8, False, False)],
+)  # fmt: skip
+def test_the_cheaper_exchange_is_chosen(tokens, heads, ranks, own, all_):
+    nbytes = message_bytes(torch.bfloat16, torch.float32, tokens, heads, 512)
+    assert nbytes == -(-tokens * heads * (512 * 2 + 4) // 32) * 32
+    assert swaps_first(nbytes, heads, ranks, "own") is own
+    assert swaps_first(nbytes, heads, ranks, "all") is all_

@@ -118,12 +118,13 @@ def test_one_rank_predicts_by_a_link_that_is_given(alone, capsys):
     assert not record["links_measured"]
     assert [row["predicted"] for row in record["rows"]] == [False, True, True, True, True]
     assert "communication" not in tp["parts"]
-    # cp: two ranks send one another all 4 heads' messages of 80 elements; both: 2 heads' queries of 80, then as many.
-    row = 2 * 80
-    assert cp["sent"] == {"all_gather": 4 * row}
-    assert cp["parts"]["communication"] == pytest.approx(10e-6 + 4 * row / 100e9)
-    assert cp_own["sent"] == {"all_to_all": 2 * row}
-    assert both["sent"] == {"all_gather": 2 * 2 * 80, "all_to_all": 2 * row}
+    # Few tokens: two ranks send one another values of 64 and lses of all 4 heads; in `both`, first 2 heads' queries
+    # of 80 first.
+    message = 4 * (64 * 2 + 4) + 16
+    assert cp["sent"] == cp_own["sent"] == {"all_gather": message}
+    assert cp["parts"]["communication"] == pytest.approx(10e-6 + message / 100e9)
+    assert both["sent"] == {"all_gather": 2 * 2 * 80 + message}
+    assert both["parts"]["communication"] == pytest.approx(20e-6 + (2 * 2 * 80 + message) / 100e9)
     assert "of the link as given; no such ranks took part" in capsys.readouterr().out
 
 

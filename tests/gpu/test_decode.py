@@ -84,9 +84,11 @@ LENS = [0, 1, 31, 32, 33, 63, 64, 65, 1000, 4097]
 def test_against_float64(heads: int, q_len: int, num_splits: int | None) -> None:
     inputs = as_inputs(*make(LENS, q_len, heads))
     out = poison_(torch.empty((len(LENS), q_len, heads, 512), dtype=torch.bfloat16, device="cuda"))
-    result, lse = decode(inputs, out=out, num_splits=num_splits)
+    lse = poison_(torch.empty((len(LENS), q_len, heads), device="cuda"))
+    result, logs = decode(inputs, out=out, lse=lse, num_splits=num_splits)
     assert result is out
-    assert count_poison(out) == 0
+    assert logs is lse
+    assert count_poison(out) == count_poison(lse) == 0
     check(inputs, out, lse)
 
 
@@ -252,7 +254,8 @@ def test_opcheck(heads: int) -> None:
     options = (SCALE, True, 512, None, "triton")
     torch.library.opcheck(torch.ops.mlakit.mla_decode, (*inputs, *options))
     out = torch.empty((3, 1, heads, 512), dtype=torch.bfloat16, device="cuda")
-    torch.library.opcheck(torch.ops.mlakit.mla_decode_out, (*inputs, out, *options))
+    lse = torch.empty((3, 1, heads), device="cuda")
+    torch.library.opcheck(torch.ops.mlakit.mla_decode_out, (*inputs, out, lse, *options))
 
 
 def test_torch_compile_without_a_graph_break() -> None:

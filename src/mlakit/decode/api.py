@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mlakit.cache import fp8_row_bytes
-from mlakit.decode.ops import candidates, check_capacity, decode, decode_out
+from mlakit.decode.ops import candidates, check_capacity, decode, decode_out, lse_dtype, out_dtype
 from mlakit.decode.reference import mla_decode_reference
 from mlakit.dispatch import (
     check_device,
@@ -36,6 +36,7 @@ def mla_decode(
     q_scale: float = 1.0,
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from a few new tokens a request to its paged latent cache (MLA in MQA mode, up-projections absorbed).
@@ -64,6 +65,7 @@ def mla_decode(
             1 for everything else.
         out: written instead of a new tensor, [batch, q_len, num_heads, kv_lora_rank] in q's dtype (bfloat16 or float16
             if that is float8), last dimension contiguous.
+        lse: written instead of a new tensor, [batch, q_len, num_heads], contiguous, float32 (float64 if q is).
         impl: "hopper", "triton" or "reference"; None takes the fastest that can run.
 
     Returns:
@@ -77,21 +79,24 @@ def mla_decode(
 
     The reference alone has gradients. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
     """
-    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out)
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out, lse)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return _differentiable(
-            q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, q_scale, kv_scale, out, impl
+            q, cache, block_table, seq_lens, softmax_scale, causal, kv_lora_rank, q_scale, kv_scale, out, lse, impl
         )
     options: tuple[Any, ...] = (
         float(softmax_scale), causal, kv_lora_rank, num_splits, impl, float(q_scale), float(kv_scale),
     )  # fmt: skip
     inputs = (q, cache, block_table, seq_lens)
-    direct = unobserved(*inputs) and (out is None or unobserved(out))
+    if out is None and lse is None:
+        return decode(*inputs, *options) if unobserved(*inputs) else torch.ops.mlakit.mla_decode(*inputs, *options)
     if out is None:
-        result, lse = decode(*inputs, *options) if direct else torch.ops.mlakit.mla_decode(*inputs, *options)
-        return result, lse
-    into = decode_out if direct else torch.ops.mlakit.mla_decode_out
-    return out, into(*inputs, out, *options)
+        out = q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q))
+    if lse is None:
+        lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
+    into = decode_out if unobserved(*inputs, out, lse) else torch.ops.mlakit.mla_decode_out
+    into(*inputs, out, lse, *options)
+    return out, lse
 
 
 @chooses(mla_decode)
@@ -108,9 +113,10 @@ def _which(
     q_scale: float = 1.0,
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> str:
-    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out)
+    _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out, lse)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return choose("mla_decode", impl, _WITH_GRADIENT)
     return choose("mla_decode", impl, candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
@@ -127,10 +133,12 @@ def _differentiable(
     q_scale: float,
     kv_scale: float,
     out: torch.Tensor | None,
+    lse: torch.Tensor | None,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if out is not None:
-        raise ValueError("out must be None where a gradient is wanted; call under torch.no_grad()")
+    for name, given in (("out", out), ("lse", lse)):
+        if given is not None:
+            raise ValueError(f"{name} must be None where a gradient is wanted; call under torch.no_grad()")
     choose("mla_decode", impl, _WITH_GRADIENT)
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
@@ -157,6 +165,7 @@ def _validate(
     q_scale: float,
     kv_scale: float,
     out: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> None:
     check_shape("q", q, ("batch", "q_len", "num_heads", "latent_dim"))
     batch, q_len, heads, latent_dim = q.shape
@@ -197,3 +206,9 @@ def _validate(
         check_dtype("out", out, *((torch.bfloat16, torch.float16) if q.dtype == _E4M3 else (q.dtype,)))
         check_device("out", out, q.device)
         check_last_dim_contiguous("out", out)
+    if lse is not None:
+        check_shape("lse", lse, (batch, q_len, heads))
+        check_dtype("lse", lse, lse_dtype(q))
+        check_device("lse", lse, q.device)
+        if not lse.is_contiguous():
+            raise ValueError(f"lse must be contiguous, got strides {list(lse.stride())}")

@@ -28,7 +28,9 @@ torch.library.define(
     "mlakit::mla_decode", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.define(
-    "mlakit::mla_decode_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "mlakit::mla_decode_out",
+    f"({_INPUTS}, Tensor(a!) out, Tensor(b!) lse, {_OPTIONS}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -46,8 +48,10 @@ def decode(
     kv_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     options = (softmax_scale, causal, kv_lora_rank, num_splits, impl, q_scale, kv_scale)
-    return out, decode_out(q, cache, block_table, seq_lens, out, *options)
+    decode_out(q, cache, block_table, seq_lens, out, lse, *options)
+    return out, lse
 
 
 def decode_out(
@@ -56,6 +60,7 @@ def decode_out(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     out: torch.Tensor,
+    lse: torch.Tensor,
     softmax_scale: float,
     causal: bool,
     kv_lora_rank: int,
@@ -63,12 +68,12 @@ def decode_out(
     impl: str | None,
     q_scale: float = 1.0,
     kv_scale: float = 1.0,
-) -> torch.Tensor:
+) -> None:
     if q.device.type == "cpu":
         check_capacity(cache, block_table, seq_lens)
     chosen = choose("mla_decode", impl, candidates(q, cache, softmax_scale, kv_lora_rank, num_splits))
     if chosen == "reference":
-        result, lse = mla_decode_reference(
+        result, logs = mla_decode_reference(
             q,
             cache,
             block_table,
@@ -80,8 +85,8 @@ def decode_out(
             kv_scale=kv_scale,
         )
         out.copy_(result)
-        return lse
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        lse.copy_(logs)
+        return
     if chosen == "hopper":
         from mlakit.decode.hopper_launch import _launch_hopper_decode
 
@@ -96,7 +101,7 @@ def decode_out(
             causal=causal,
             num_splits=num_splits,
         )
-        return lse
+        return
     from mlakit.decode.triton_launch import _launch_decode
 
     _launch_decode(
@@ -113,7 +118,6 @@ def decode_out(
         q_scale=q_scale,
         kv_scale=kv_scale,
     )
-    return lse
 
 
 def candidates(
@@ -214,7 +218,7 @@ def _decode_fake(
     q_scale: float = 1.0,
     kv_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty((*q.shape[:3], kv_lora_rank), dtype=out_dtype(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
 
 
 @torch.library.register_fake("mlakit::mla_decode_out")
@@ -224,6 +228,7 @@ def _decode_out_fake(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     out: torch.Tensor,
+    lse: torch.Tensor,
     softmax_scale: float,
     causal: bool,
     kv_lora_rank: int,
@@ -231,8 +236,8 @@ def _decode_out_fake(
     impl: str | None,
     q_scale: float = 1.0,
     kv_scale: float = 1.0,
-) -> torch.Tensor:
-    return q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+) -> None:
+    return None
 
 
 def out_dtype(q: torch.Tensor) -> torch.dtype:
@@ -240,7 +245,8 @@ def out_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
-def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+def lse_dtype(q: torch.Tensor) -> torch.dtype:
+    """Of the log-sum-exps."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 

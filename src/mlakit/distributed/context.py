@@ -11,11 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mlakit.decode import mla_decode
 from mlakit.dispatch import check_device, check_dtype, check_shape
-from mlakit.distributed.exchange import Messages, gather_heads
+from mlakit.distributed.exchange import Messages, gather_heads, message_bytes
 from mlakit.merge import merge_states
 
 HEADS = ("all", "own")
 EXCHANGES = ("all_to_all", "all_gather")
+# Bytes that a rank may send in vain, if that spares it copying lses, or a second collective. Two H200s: half a megabyte
+# more took an exchange 10 µs more; a copy takes 4.5 µs and a small collective 19.
+_CHEAPER_THAN_A_COPY, _CHEAPER_THAN_A_COLLECTIVE = 2**18, 2**19
 
 
 def context_parallel_decode(
@@ -52,8 +55,8 @@ def context_parallel_decode(
         out_heads: which heads the result is wanted for, "all" on every rank or this rank's "own"; None: those of q.
         exchange: how partial results travel. "all_to_all" sends each rank its own heads' (and gathers what is merged,
             where all are wanted), the least bytes; "all_gather" sends all of them to every rank in one collective. None
-            takes "all_gather" where all heads are wanted and there are two ranks, which then costs no more bytes, or
-            where the heads cannot be divided; else "all_to_all".
+            takes "all_gather" where that is faster, as it is for a few tokens, or where the heads cannot be divided;
+            else "all_to_all".
         impl: of `mla_decode`.
 
     Returns:
@@ -70,34 +73,43 @@ def context_parallel_decode(
     _validate(q, cache, block_table, seq_lens, mesh, query_heads, out_heads, exchange)
     ranks = mesh.size()
     batch, q_len, given, _ = q.shape
-    heads = given * ranks if query_heads == "own" else given
+    tokens, heads = batch * q_len, given * ranks if query_heads == "own" else given
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
     if ranks == 1:
         return attend_locally(q, cache, block_table, seq_lens, **options)
-    swaps = swaps_first(heads, ranks, out_heads, exchange)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    swaps = exchange == "all_to_all"
+    if exchange is None:
+        swaps = swaps_first(message_bytes(q.dtype, lse_dtype, tokens, heads, kv_lora_rank), heads, ranks, out_heads)
     queries = gather_heads(q, mesh) if query_heads == "own" else q.unflatten(2, (ranks, -1) if swaps else (1, heads))
     groups = ranks if swaps else 1  # messages that this rank writes
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    messages = Messages.allocate(q, lse_dtype, groups, batch * q_len, heads // groups, kv_lora_rank)
-    if q_len == 1:
+    messages = Messages.allocate(q, lse_dtype, groups, tokens, heads // groups, kv_lora_rank)
+    inputs = cache, block_table, seq_lens
+    if groups == 1:
+        out, lse = messages.out.unflatten(1, (batch, q_len)), messages.lse.unflatten(1, (batch, q_len))
+        attend_locally(queries.flatten(2, 3), *inputs, out=out[0], lse=lse[0], **options)
+    elif q_len == 1:
         # Heads that go to different ranks as if they were different tokens: the values then lie where they are sent
-        # from, and nothing is copied.
+        # from.
         split = queries.squeeze(1) if queries.shape[2] == groups else queries.flatten(2, 3)
-        attend_locally(split, cache, block_table, seq_lens, into=messages, **options)
+        _, lse = attend_locally(split, *inputs, out=messages.out.transpose(0, 1), **options)
+        messages.lse.copy_(lse.transpose(0, 1))
     else:
-        out, lse = attend_locally(queries.flatten(2, 3), cache, block_table, seq_lens, **options)
+        out, lse = attend_locally(queries.flatten(2, 3), *inputs, **options)
         messages.out.copy_(out.flatten(0, 1).unflatten(1, (groups, heads // groups)).transpose(0, 1))
         messages.lse.copy_(lse.flatten(0, 1).unflatten(1, (groups, heads // groups)).transpose(0, 1))
-    out, lse = (messages.swapped(mesh) if swaps else messages.gathered(mesh)).merge()
-    if swaps and out_heads == "all":
-        mine = Messages.allocate(q, lse_dtype, 1, batch * q_len, heads // ranks, kv_lora_rank)
-        mine.out[0].copy_(out)
-        mine.lse[0].copy_(lse)
-        merged = mine.gathered(mesh)
-        out, lse = merged.out.transpose(0, 1).flatten(1, 2), merged.lse.transpose(0, 1).flatten(1, 2)
-    elif not swaps and out_heads == "own":
+    if not swaps:
         first = mesh.get_local_rank() * (heads // ranks)
-        out, lse = (tensor[:, first : first + heads // ranks] for tensor in (out, lse))
+        wanted = slice(first, first + heads // ranks) if out_heads == "own" else slice(None)
+        out, lse = messages.gathered(mesh).merge(wanted)
+    else:
+        out, lse = messages.swapped(mesh).merge()
+        if out_heads == "all":
+            mine = Messages.allocate(q, lse_dtype, 1, tokens, heads // ranks, kv_lora_rank)
+            mine.out[0].copy_(out)
+            mine.lse[0].copy_(lse)
+            merged = mine.gathered(mesh)
+            out, lse = merged.out.transpose(0, 1).flatten(1, 2), merged.lse.transpose(0, 1).flatten(1, 2)
     return out.unflatten(0, (batch, q_len)), lse.unflatten(0, (batch, q_len))
 
 
@@ -144,11 +156,14 @@ def local_lengths(
     return torch.add(torch.remainder(visible, page_size * ranks).clamp_max_(page_size), rounds, alpha=page_size)
 
 
-def swaps_first(heads: int, ranks: int, out_heads: str, exchange: str | None) -> bool:
-    """Whether every rank gets its own heads' results first."""
-    if exchange is not None:
-        return exchange == "all_to_all"
-    return out_heads == "own" or (ranks > 2 and heads % ranks == 0)
+def swaps_first(nbytes: int, heads: int, ranks: int, out_heads: str) -> bool:
+    """Whether every rank gets its own heads' results first, where all heads' results are a message of `nbytes`."""
+    if heads % ranks:
+        return False
+    gathered = (ranks - 1) * nbytes
+    if out_heads == "own":
+        return gathered - gathered // ranks > _CHEAPER_THAN_A_COPY
+    return gathered - 2 * gathered // ranks > _CHEAPER_THAN_A_COLLECTIVE
 
 
 def attend_locally(
@@ -160,31 +175,23 @@ def attend_locally(
     softmax_scale: float,
     kv_lora_rank: int,
     impl: str | None = None,
-    into: Messages | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to what this rank holds; written to messages, q's dimension 1 being that of the ranks they are for, where
-    `into` says so.
-    """
+    """Attend to what this rank holds; `out` and `lse` as for `mla_decode`."""
     batch, q_len, heads, _ = q.shape
     if cache.shape[0] == 0 or block_table.shape[1] == 0 or batch == 0:  # no key, and perhaps no memory to point at
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out, lse = q.new_zeros(batch, q_len, heads, kv_lora_rank), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
-        if into is not None:
-            into.out.zero_()
-            into.lse.fill_(-torch.inf)
-        return out, lse
+        out = q.new_empty(batch, q_len, heads, kv_lora_rank) if out is None else out
+        lse = q.new_empty(q.shape[:3], dtype=lse_dtype) if lse is None else lse
+        return out.zero_(), lse.fill_(-torch.inf)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank, "impl": impl}
-    if into is not None:
-        lengths = seq_lens if seq_lens.ndim == 1 else seq_lens.flatten()
-        view = into.out.transpose(0, 1)
-        out, lse = mla_decode(q, cache, block_table, lengths, causal=False, out=view, **options)
-        into.lse.copy_(lse.transpose(0, 1))
-        return out, lse
-    if seq_lens.ndim == 1:
-        return mla_decode(q, cache, block_table, seq_lens, causal=False, **options)
-    if q_len == 1:
-        return mla_decode(q, cache, block_table, seq_lens.flatten(), causal=False, **options)
-    return _attend_causally(q, cache, block_table, seq_lens, options)
+    if seq_lens.ndim == 1 or seq_lens.shape[1] == 1:
+        return mla_decode(q, cache, block_table, seq_lens.flatten(), causal=False, out=out, lse=lse, **options)
+    found = _attend_causally(q, cache, block_table, seq_lens, options)
+    if out is None and lse is None:
+        return found
+    return found[0] if out is None else out.copy_(found[0]), found[1] if lse is None else lse.copy_(found[1])
 
 
 def _attend_causally(

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mlakit.decode import mla_decode, mla_decode_reference
 from mlakit.distributed import ParallelMLA, ShardedLatentCache, context_parallel_decode, local_lengths
 from mlakit.distributed.context import attend_locally, swaps_first
-from mlakit.distributed.exchange import Messages, gather_heads
+from mlakit.distributed.exchange import Messages, gather_heads, message_bytes
 from mlakit.distributed.group import Ranks
 from mlakit.nn import Args, LatentCache, MultiheadLatentAttention, get_mla, precompute_freqs_cis
 from mlakit.studies.parallel_options import Options, requests_of
@@ -169,11 +169,16 @@ class Attention:
             return Parts(
                 lambda: mla_decode(self.q, self.pages, self.table, batch.seq_lens, **self._options), None, None
             )
-        swaps = swaps_of(plan, batch.dims.num_heads)
+        swaps = swaps_of(plan, batch)
         heads = self.own if swaps else self.group
         states = self._messages(plan.cp, heads)
+        wanted = slice(0, self.own if plan.own else heads)
+
+        def merge() -> object:
+            return states.merge(wanted)
+
         if self.mesh is None:
-            return Parts(attend, states.merge, None)
+            return Parts(attend, merge, None)
         mesh = self.mesh
         sent = states if swaps else self._messages(1, heads)
         merged = self._messages(1, self.own) if swaps and not plan.own else None
@@ -185,7 +190,7 @@ class Attention:
             if merged is not None:
                 merged.gathered(mesh)
 
-        return Parts(attend, states.merge, communicate)
+        return Parts(attend, merge, communicate)
 
     def _messages(self, ranks: int, heads: int) -> Messages:
         made = Messages.allocate(self.q, torch.float32, ranks, self.batch.tokens, heads, self.batch.dims.kv_lora_rank)
@@ -298,26 +303,29 @@ def expected_of_layer(batch: Batch, whole: MultiheadLatentAttention) -> torch.Te
 def traffic(plan: Plan, batch: Batch, *, layer: bool) -> Sequence[tuple[str, int]]:
     """The collectives of a plan in turn, each with the bytes that leave a rank."""
     dims, size, others = batch.dims, DTYPE.itemsize, plan.cp - 1
-    group = dims.num_heads // plan.tp
-    own = group // plan.cp
-    like = torch.empty(0, dtype=DTYPE)
-    row = Messages.allocate(like, torch.float32, 1, 1, 1, dims.kv_lora_rank).nbytes
+    own = dims.num_heads // plan.ranks
     found: list[tuple[str, int]] = []
     if plan.cp > 1:
         if plan.gather:
             found.append(("all_gather", others * batch.tokens * own * dims.latent_dim * size))
-        if swaps_of(plan, dims.num_heads):
-            found.append(("all_to_all", others * batch.tokens * own * row))
+        if swaps_of(plan, batch):
+            sent = others * _message_bytes(batch, own)
+            found.append(("all_to_all", sent))
             if not plan.own:
-                found.append(("all_gather", others * batch.tokens * own * row))
+                found.append(("all_gather", sent))
         else:
-            found.append(("all_gather", others * batch.tokens * group * row))
+            found.append(("all_gather", others * _message_bytes(batch, dims.num_heads // plan.tp)))
     parts = plan.ranks if plan.gather else plan.tp
     if layer and parts > 1:
         found.append(("all_reduce", 2 * (parts - 1) * batch.tokens * batch.options.hidden.dim * size // parts))
     return found
 
 
-def swaps_of(plan: Plan, num_heads: int) -> bool:
+def swaps_of(plan: Plan, batch: Batch) -> bool:
     """Whether ranks send one another their own heads' results, or all of them to all."""
-    return swaps_first(num_heads // plan.tp, plan.cp, "own" if plan.own else "all", None)
+    group = batch.dims.num_heads // plan.tp
+    return swaps_first(_message_bytes(batch, group), group, plan.cp, "own" if plan.own else "all")
+
+
+def _message_bytes(batch: Batch, heads: int) -> int:
+    return message_bytes(DTYPE, torch.float32, batch.tokens, heads, batch.dims.kv_lora_rank)

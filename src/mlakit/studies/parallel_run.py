@@ -137,8 +137,8 @@ def measure_links(here: Ranks, clock: Clock) -> dict[str, Link]:
         times = []
         for size in (_SMALL, large):
             buffer = torch.zeros(here.size * size, dtype=torch.bfloat16, device=here.device)
-            whole = Messages(buffer.view(here.size, 1, 1, size), size, torch.float32)
-            own = Messages(buffer[:size].view(1, 1, 1, size), size, torch.float32)
+            whole = Messages(buffer.view(here.size, size), (1, 1, size), torch.float32)
+            own = Messages(buffer[None, :size], (1, 1, size), torch.float32)
             calls: dict[str, Callable[[], object]] = {
                 "all_to_all": lambda whole=whole: whole.swapped(mesh),  # type: ignore[misc]
                 "all_gather": lambda own=own: own.gathered(mesh),  # type: ignore[misc]
