@@ -2,10 +2,11 @@
 it is imported: the ranks are forks of a process that has.
 """
 
+import faulthandler
 import itertools
 import os
 import signal
-import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mlakit.bench.timing import capture
 from mlakit.decode import mla_decode_reference
 from mlakit.distributed import (
     ParallelMLA,
@@ -135,12 +137,16 @@ def layers_agree_with_one(mesh: DeviceMesh, folder: Path) -> None:
     from mlakit.studies.layer_difference import difference
 
     size = {"dim": 1024, "n_heads": 16, "q_lora_rank": 256, "max_batch_size": 2, "max_seq_len": 512}
-    meshes = {"tp": (2, 1), "cp": (1, 2)}
-    for impl, (kind, shape), gather in itertools.product(ATTN_IMPLS, meshes.items(), (True, False)):
-        if impl != "fused" and (kind == "cp" or not gather):  # context parallel is for fused; gathering for that
+    ranks = mesh.size()
+    shapes = {"tp": (ranks, 1), "cp": (1, ranks), **({"both": (2, ranks // 2)} if ranks > 2 else {})}
+    # Once each: every mesh has communicators of its own, which take longer to set up than a case takes.
+    meshes = {
+        kind: DeviceMesh("cuda", mesh.mesh.view(shape), mesh_dim_names=("tp", "cp")) for kind, shape in shapes.items()
+    }
+    for impl, (kind, both), gather in itertools.product(ATTN_IMPLS, meshes.items(), (True, False)):
+        if impl != "fused" and (kind != "tp" or not gather):  # context parallel is for fused; gathering for that
             continue
         args = Args(attn_impl=impl, **size)
-        both = DeviceMesh("cuda", mesh.mesh.view(shape), mesh_dim_names=("tp", "cp"))
         with torch.device("cuda"):
             torch.manual_seed(0)
             layer = get_mla(impl, args).eval().requires_grad_(False)
@@ -175,17 +181,37 @@ def layers_agree_with_one(mesh: DeviceMesh, folder: Path) -> None:
             assert found.agrees(1.5e-2), f"graph, {kind} gather {gather} {position}: {found}"
         torch.cuda.synchronize()
         graph.reset()
-        assert isinstance(kept[0], ShardedLatentCache if kind == "cp" else LatentCache)
+        assert isinstance(kept[0], LatentCache if kind == "tp" else ShardedLatentCache)
 
 
 CASES = (context_is_exact, graphs_find_new_lengths, layers_agree_with_one)
 
 
+# Seconds for a case on every rank, kernels that nobody compiled yet included; and to leave the group.
+CASE, LEAVE = 60.0, 20.0
+
+
+def must_end(within: float, folder: Path, rank: int, what: str) -> None:
+    """End this process with every thread's stack in a file, if it does not end or come here again in time."""
+    file = (folder / f"stuck{rank}").open("w")
+    file.write(f"rank {rank} did not end {what} within {within:g} s\n")
+    file.flush()
+    faulthandler.dump_traceback_later(within, exit=True, file=file)
+    _OPEN[:] = [file]
+
+
+_OPEN: list[object] = []
+
+
 def run_all(folder: Path, timeout: float) -> int:
     """What a rank runs: all cases, up to the first that fails."""
+    rank = int(os.environ["RANK"])
+    must_end(CASE, folder, rank, "joining the others")
     with process_group("cuda", timeout=timeout) as here, torch.no_grad():
         mesh = DeviceMesh("cuda", torch.arange(here.size))
         for case in CASES:
+            must_end(CASE, folder, rank, case.__name__)
+            begin = time.monotonic()
             try:
                 case(mesh, folder)
             except Exception:
@@ -193,20 +219,49 @@ def run_all(folder: Path, timeout: float) -> int:
                 (folder / f"failed{here.rank}").write_text(text)
                 os._exit(1)
             with (folder / f"done{here.rank}").open("a") as file:
-                file.write(f"{case.__name__}\n")
+                file.write(f"{case.__name__} {time.monotonic() - begin:.1f}\n")
+        must_end(LEAVE, folder, rank, "leaving the group")
+    must_end(LEAVE, folder, rank, "its process")
+    (folder / f"stuck{rank}").unlink()
     return 0
 
 
-def lose_a_rank(victim: int, words: Path, timeout: float) -> int:
-    """One rank is killed while the other's GPU waits for it, and its host for the GPU."""
-    say_to(words)
-    with process_group("cuda", timeout=timeout) as here:
-        token = torch.ones(8, device="cuda")
-        dist.all_reduce(token)
+def lose_a_rank(victim: int, doing: str, folder: Path, timeout: float) -> int:
+    """One rank is killed; another one's GPU waits for it, and its host for the GPU."""
+    say_to(folder / "words")
+    rank = int(os.environ["RANK"])
+    must_end(3 * timeout, folder, rank, f"though rank {victim} is gone")
+    with process_group("cuda", timeout=timeout) as here, torch.no_grad():
+        mesh = DeviceMesh("cuda", torch.arange(here.size))
+        step = _steps(doing, mesh)
+        for _ in range(3):
+            step()
         torch.cuda.synchronize()
-        if here.rank == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
-        dist.all_reduce(token)
-        torch.cuda.synchronize()
-        threading.Event().wait()
+        dist.barrier()
+        # Some steps are done and some are not when it dies, as far ahead as the host is of the GPU.
+        for number in range(100_000):
+            step()
+            if here.rank == victim and number == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number % 8 == 7:
+                torch.cuda.synchronize()
     return 0
+
+
+def _steps(doing: str, mesh: DeviceMesh):
+    """What ranks do together when one dies: a collective, a decode, or a decode from a graph."""
+    token = torch.ones(8, device="cuda")
+    if doing == "collective":
+        return lambda: dist.all_reduce(token)
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    whole, pages, table = shard(mesh, [5000, 70], 41, torch.bfloat16)
+    q = torch.randn(2, 1, 128, RANK + ROPE, device="cuda").bfloat16()
+    local = local_lengths(whole.seq_lens, page_size=PAGE, rank=rank, ranks=ranks)
+
+    def decode() -> object:
+        return context_parallel_decode(q, pages, table, local, mesh=mesh, **OPTIONS)
+
+    if doing == "decode":
+        return decode
+    assert doing == "graph"
+    return capture(decode, error_mode="thread_local").replay
