@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import CUDA, Candidate, Job, Tensors, parse_arguments, run
 
-from mlakit.cache import pack_fp8
+from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.hardware import capability
 from mlakit.sparse import (
     mla_sparse_decode,
@@ -75,8 +75,10 @@ def named(config: SparseConfig | HopperConfig) -> str:
     return f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages} r{config.resident}{form}"
 
 
-def check(out: torch.Tensor, lse: torch.Tensor, exact: Tensors, eager: torch.Tensor) -> str:
-    return compare(out, exact[0], eager).reason or compare_lse(lse, exact[-1]).reason
+def check(
+    out: torch.Tensor, lse: torch.Tensor, exact: Tensors, eager: torch.Tensor, rounded_lse: torch.Tensor | None = None
+) -> str:
+    return compare(out, exact[0], eager).reason or compare_lse(lse, exact[-1], rounded_lse).reason
 
 
 def prefill_job(s_q: int, s_kv: int, topk: int, heads: int, latent: int, tune: bool, peer: Any) -> Job:
@@ -153,9 +155,12 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
     remap = torch.full((pages,), -1, device=CUDA)
     remap[torch.unique(page[some])] = torch.arange(len(near), device=CUDA)
     mine = (remap[page[some]] * PAGE + position[some] % PAGE).int()
-    values = near if fp8 else near.double()  # float8 codes times their scales, not rounded
+    rounded = unpack_fp8(near) if fp8 else near  # as a kernel may round float8 codes times their scales
+    values = near if fp8 else near.double()
     exact = mla_sparse_decode_reference(q[some].double(), values, mine, softmax_scale=scale)
-    eager = mla_sparse_decode_reference(q[some], near, mine, softmax_scale=scale)[0]
+    rounded_lse = mla_sparse_decode_reference(q[some].double(), rounded.double(), mine, softmax_scale=scale)[1]
+    eager = mla_sparse_decode_reference(q[some], rounded, mine, softmax_scale=scale)[0]
+    del rounded
     out = torch.empty((batch, q_len, heads, RANK), dtype=q.dtype, device=CUDA)
     lse = torch.empty((batch, q_len, heads), device=CUDA)
 
@@ -202,7 +207,7 @@ def decode_job(batch: int, q_len: int, heads: int, fp8: bool, tune: bool, peer: 
         fields={"batch": batch, "q_len": q_len, "heads": heads, "topk": TOPK, "cache": dtype, "dtype": "bfloat16"},
         flops=2.0 * batch * q_len * heads * TOPK * (LATENT + RANK),
         least_bytes=batch * q_len * TOPK * width * cache.element_size() + 2.0 * (q.numel() + out.numel()),
-        wrong=lambda found: check(found[0][some], found[1][some], exact, eager),
+        wrong=lambda found: check(found[0][some], found[1][some], exact, eager, rounded_lse),
         candidates=candidates,
         peer="flash_mla",
     )

@@ -63,6 +63,14 @@ def test_lse(attention):
     nan = lse.float().clone()
     nan[0] = torch.nan
     assert not compare_lse(nan, lse).ok
+    rounded = lse + 0.9e-3  # what rounding the keys does: less than is allowed anyway, then more
+    assert not compare_lse((lse + 1.1e-3).float(), lse, rounded).ok
+    rounded = lse - 1.5e-3
+    assert compare_lse((lse + 2.9e-3).float(), lse, rounded).ok
+    assert "allowed 0.003" in compare_lse((lse + 3.1e-3).float(), lse, rounded).reason
+    assert not compare_lse(nan, lse, rounded).ok
+    with pytest.raises(ValueError, match="must have shape"):
+        compare_lse(lse.float(), lse, rounded[0])
     with pytest.raises(ValueError, match=r"must be float32, got torch\.bfloat16"):
         compare_lse(lse.bfloat16(), lse)
     with pytest.raises(ValueError, match="must have shape"):

@@ -23,7 +23,8 @@ def mla_decode_reference(
     Args:
         q: [batch, q_len, num_heads, latent_dim], any floating dtype; float8_e4m3fn over a cache of it.
         cache: [pages, page_size, latent_dim] in q's dtype or float8_e4m3fn, or the float8 cache of
-            `mlakit.cache.layout`, uint8 [pages, page_size, bytes]. What no length in `seq_lens` promises is never read.
+            `mlakit.cache.layout`, uint8 [pages, page_size, bytes], whose keys are codes times scales, not rounded. What
+            no length in `seq_lens` promises is never read.
         block_table: [batch, max_pages] int32: which page holds a request's tokens i * page_size and on.
         seq_lens: [batch] int32: the keys of each request, the new tokens' own included; 0 is allowed.
         softmax_scale: multiplies the scores, as a rule 1/sqrt(qk_nope_head_dim + qk_rope_head_dim).
@@ -36,8 +37,9 @@ def mla_decode_reference(
         num_heads], natural log, float32 (float64 if q is). A row that sees no key gives zeros and -inf.
 
     Scores and products are computed in q's dtype (bfloat16 if that is float8) and the softmax in float32, as eager
-    PyTorch would; with float64 queries this is the oracle. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2, with
-    the up-projections absorbed.
+    PyTorch would; from a cache with scales of its own all of it in float32, and a kernel may round its keys to q's
+    dtype. With float64 queries this is the oracle. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2, with the
+    up-projections absorbed.
     """
     batch, q_len, heads, _ = q.shape
     if q.dtype == torch.float8_e4m3fn:
@@ -47,6 +49,8 @@ def mla_decode_reference(
     out = q.new_zeros((batch, q_len, heads, kv_lora_rank))
     lse = q.new_full((batch, q_len, heads), -torch.inf, dtype=accumulate)
     page_size = cache.shape[1]
+    if cache.dtype == torch.uint8:
+        q = q.to(accumulate)
     for i, length in enumerate(seq_lens.tolist()):
         if length == 0:
             continue

@@ -1,7 +1,7 @@
 """Reading float8 queries and caches in the portable decode kernels.
 
 The dot products take 16 bits: e4m3 is exact in bfloat16 and in float16, so that only a cache with scales of its own is
-rounded, as the reference rounds it. Scales of a whole tensor are multiplied into the softmax scale and the result.
+rounded, as eager PyTorch would. Scales of a whole tensor are multiplied into the softmax scale and the result.
 """
 
 # mypy: disallow-incomplete-defs=False

@@ -98,9 +98,9 @@ def mla_sparse_decode(
         q: [batch, q_len, num_heads, latent_dim], bfloat16 or float16 (the reference also takes float32 and float64);
             any number of heads.
         cache: [pages, page_size, latent_dim] in q's dtype, or the float8 cache, uint8 [pages, page_size, bytes] (656
-            bytes for DeepSeek: 512 e4m3 codes, 4 float32 scales, 64 bfloat16 rope values), dequantized inside the
-            kernel: code * scale, rounded to q's dtype (impl="hopper", which is never taken unasked for it: to float16
-            times a power of two of each token's). Slots that no index names are not read and may hold anything.
+            bytes for DeepSeek: 512 e4m3 codes, 4 float32 scales, 64 bfloat16 rope values), whose keys are codes times
+            scales. The reference does not round them; impl="triton" rounds to q's dtype, "hopper" to 11 bits. Slots
+            that no index names are not read and may hold anything.
         indices: [batch, q_len, topk] int32, page * page_size + offset, in any order, any topk. An index below 0 or past
             the cache is ignored, wherever it stands; one that is given twice counts twice.
         softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is

@@ -71,7 +71,8 @@ def mla_sparse_decode_reference(
     Args:
         q: [batch, q_len, num_heads, latent_dim].
         cache: [pages, page_size, latent_dim] in q's dtype, or the float8 cache, uint8 [pages, page_size, bytes]
-            (`mlakit.cache.layout`), dequantized to q's dtype. Slots that no index names are not read.
+            (`mlakit.cache.layout`), whose keys are codes times scales, not rounded. Slots that no index names are not
+            read.
         indices: [batch, q_len, topk] int32, page * page_size + offset. One below 0 or past the cache is ignored; one
             given twice counts twice.
         softmax_scale: multiplies the scores.
@@ -82,14 +83,18 @@ def mla_sparse_decode_reference(
     Returns:
         out [batch, q_len, num_heads, kv_lora_rank] in q's dtype and lse [batch, q_len, num_heads], natural log,
         float32 (float64 if q is). A row without a key gives zeros and -inf.
+
+    Scores and products are computed in q's dtype and the softmax in float32, as eager PyTorch would; from the float8
+    cache all of it in float32, or float64 if q is. A kernel may round that cache's keys to q's dtype.
     """
     batch, q_len, heads, latent_dim = q.shape
+    compute = torch.promote_types(q.dtype, torch.float32) if cache.dtype == torch.uint8 else q.dtype
     page_size, topk = cache.shape[1], indices.shape[2]
     q, indices = q.flatten(0, 1), indices.flatten(0, 1)
     if topk_length is not None:
         topk_length = topk_length.view(batch, -1).expand(batch, q_len).flatten()
     out, _, lse = _no_keys(q, kv_lora_rank)
-    for tokens in _chunks(batch * q_len, topk * latent_dim * q.element_size()):
+    for tokens in _chunks(batch * q_len, topk * latent_dim * compute.itemsize):
         row = indices[tokens].long()
         valid = (row >= 0) & (row < cache.shape[0] * page_size) & _within(topk_length, tokens, topk, q.device)
         if not valid.any():
@@ -97,8 +102,9 @@ def mla_sparse_decode_reference(
         slot = row.masked_fill(~valid, 0)
         keys = cache[slot // page_size, slot % page_size]
         if cache.dtype == torch.uint8:
-            keys = unpack_fp8(keys, kv_lora_rank, q.dtype)
-        out[tokens], _, lse[tokens] = _attend(q[tokens], keys, valid, softmax_scale, kv_lora_rank, attn_sink)
+            keys = unpack_fp8(keys, kv_lora_rank, compute)
+        found = _attend(q[tokens].to(compute), keys, valid, softmax_scale, kv_lora_rank, attn_sink)
+        out[tokens], lse[tokens] = found[0].to(q.dtype), found[2]
     return out.view(batch, q_len, heads, kv_lora_rank), lse.view(batch, q_len, heads)
 
 

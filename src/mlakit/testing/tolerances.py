@@ -79,28 +79,36 @@ def compare(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) 
     return Comparison(max_error, rms_error, max_allowed, rms_allowed, distance, reason)
 
 
-def compare_lse(actual: torch.Tensor, reference: torch.Tensor) -> Comparison:
+def compare_lse(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor | None = None) -> Comparison:
     """Compare log-sum-exps (natural log): within 1e-3 absolute, -inf exactly where the reference has it.
+
+    `eager` is given where a kernel may round keys: what float64 makes of keys rounded to the query's dtype, as eager
+    PyTorch would round them. Where that itself is more than 1e-3 away, twice as much as it is away is allowed.
 
     Raises:
         ValueError: the shapes differ, or `actual` is not float32 or float64.
     """
-    if actual.shape != reference.shape:
-        raise ValueError(f"lse must have shape {tuple(reference.shape)}, got {tuple(actual.shape)}")
+    for given in (actual, eager):
+        if given is not None and given.shape != reference.shape:
+            raise ValueError(f"lse must have shape {tuple(reference.shape)}, got {tuple(given.shape)}")
     if actual.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lse must be float32, got {actual.dtype}")
     actual, ref = actual.double(), reference.double()
     empty = torch.isneginf(ref)
     misplaced = int((torch.isneginf(actual) != empty).sum())
-    error = torch.where(empty, 0.0, actual - torch.where(empty, 0.0, ref)).abs()
+    error = _finite_difference(actual, ref)
     max_error = float(error.max()) if error.numel() else 0.0
+    allowed = LSE_ERROR
+    if eager is not None and eager.numel():
+        largest = float(_finite_difference(eager.double(), ref).max())
+        allowed = ERROR_RATIO * largest if largest > LSE_ERROR else LSE_ERROR
     rms_error = float(error.square().mean().sqrt()) if error.numel() else 0.0
     reason = ""
     if misplaced:
         reason = f"lse is -inf in {misplaced} rows where the reference is finite, or the reverse"
-    elif not max_error <= LSE_ERROR:
-        reason = f"lse error {max_error:.3g}, allowed {LSE_ERROR:.0e}"
-    return Comparison(max_error, rms_error, LSE_ERROR, LSE_ERROR, 0.0, reason)
+    elif not max_error <= allowed:
+        reason = f"lse error {max_error:.3g}, allowed {allowed:.3g}"
+    return Comparison(max_error, rms_error, allowed, allowed, 0.0, reason)
 
 
 def assert_close(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor, what: str = "out") -> None:
@@ -108,6 +116,12 @@ def assert_close(actual: torch.Tensor, reference: torch.Tensor, eager: torch.Ten
     found = compare(actual, reference, eager)
     if not found.ok:
         raise AssertionError(f"{what}: {found.reason}")
+
+
+def _finite_difference(actual: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """|actual - reference|, and 0 where the reference is -inf."""
+    empty = torch.isneginf(reference)
+    return torch.where(empty, 0.0, actual - torch.where(empty, 0.0, reference)).abs()
 
 
 def _cosine_distance(x: torch.Tensor, y: torch.Tensor) -> float:
