@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlakit.studies import parallel, parallel_parts, parallel_run
-from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, plan_of, table
+from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, plans_of, table
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--device", "cpu", "--repeats", "1", "--l2", "hot"]
@@ -154,17 +154,19 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path):
 
 
 def test_plans():
-    assert plan_of("one", 4) == Plan("one", 1, 1)
-    assert plan_of("tp", 4) == Plan("tp", 4, 1)
-    assert plan_of("cp", 4) == Plan("cp", 1, 4, gather=False, own=False)
-    assert plan_of("cp-own", 4) == Plan("cp-own", 1, 4, gather=False)
-    assert plan_of("both", 4) == Plan("both", 1, 4)
-    assert plan_of("both", 8, 2) == Plan("both", 4, 2)
-    assert [plan_of(name, 1) for name in ("tp", "cp", "cp-own", "both")] == [None] * 4
+    assert plans_of("one", 4) == [Plan("one", 1, 1)]
+    assert plans_of("tp", 4) == [Plan("tp", 4, 1)]
+    assert plans_of("cp", 4) == [Plan("cp", 1, 4, gather=False, own=False)]
+    assert plans_of("cp-own", 4) == [Plan("cp-own", 1, 4, gather=False)]
+    assert plans_of("both", 4) == [Plan("both", 1, 4)]
+    assert plans_of("both", 8, (2, 8, 3)) == [Plan("both", 4, 2), Plan("both", 1, 8)]
+    assert plans_of("both", 2, (4,)) == [Plan("both", 1, 2)]
+    assert plans_of("both", 4, (1,)) == []
+    assert [plans_of(name, 1) for name in ("tp", "cp", "cp-own", "both")] == [[]] * 4
 
 
 def _row(strategy, median, *, ranks=2, predicted=False, **fields):
-    plan = plan_of(strategy, ranks)
+    (plan,) = plans_of(strategy, ranks)
     return Row("attention", "q1s1k", plan, "graph", predicted=predicted, median=median, **fields)
 
 

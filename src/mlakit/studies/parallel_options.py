@@ -39,7 +39,7 @@ class Options:
     batch_specs: tuple[str, ...]
     scopes: tuple[str, ...]
     strategies: tuple[str, ...]
-    context_ranks: int | None
+    context_ranks: tuple[int, ...]
     simulate: tuple[int, ...]
     link: Link | None
     device: str
@@ -81,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "by keys) (default: all)",
     )
     parser.add_argument(
-        "--context-ranks", metavar="N", help="of `both`: ranks that share the pages of one cache (default: all)"
+        "--context-ranks",
+        nargs="+",
+        metavar="N",
+        help="of `both`: ranks that share the pages of one cache, each number in turn (default: all)",
     )
     parser.add_argument("--model", help=f"{', '.join(MODELS)} (default: {GPU_MODEL}; on a CPU {CPU_MODEL})")
     group = parser.add_argument_group("the ranks")
@@ -138,10 +141,11 @@ def parse(args: argparse.Namespace, *, is_cuda: bool, ranks: int) -> Options:
     for name in strategies:
         if name not in STRATEGIES:
             raise ValueError(f"--strategies: unknown name {name!r}; {nearest(name, STRATEGIES)}")
-    context = None if args.context_ranks is None else whole("--context-ranks", args.context_ranks, 1)
-    if context is not None and ranks % context:
-        raise ValueError(f"--context-ranks: expected a divisor of the {ranks} ranks, got {context}")
+    context = tuple(whole_numbers("--context-ranks", args.context_ranks or (), 1))
     simulate = tuple(whole_numbers("--simulate-ranks", args.simulate_ranks or (), 2))
+    for size in context:
+        if all(count % size for count in (ranks, *simulate)):
+            raise ValueError(f"--context-ranks: expected a divisor of the {ranks} ranks, got {size}")
     for count in (ranks, *simulate):
         if dims.num_heads % count:
             raise ValueError(f"{dims.num_heads} heads of {model} cannot be divided over {count} ranks")

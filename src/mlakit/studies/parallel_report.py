@@ -36,20 +36,22 @@ class Plan:
         return self.strategy if self.strategy == "one" else f"{self.strategy} {self.tp}x{self.cp}"
 
 
-def plan_of(strategy: str, ranks: int, context_ranks: int | None = None) -> Plan | None:
-    """A strategy on so many ranks; None where it is another one there."""
+def plans_of(strategy: str, ranks: int, context_ranks: Sequence[int] = ()) -> list[Plan]:
+    """A strategy on so many ranks, `both` with each of the context groups' sizes that divide them; none where it is
+    another one there.
+    """
     if strategy == "one":
-        return Plan("one", 1, 1)
+        return [Plan("one", 1, 1)]
     if ranks == 1:
-        return None
+        return []
     if strategy == "tp":
-        return Plan("tp", ranks, 1)
+        return [Plan("tp", ranks, 1)]
     if strategy == "cp":
-        return Plan("cp", 1, ranks, gather=False, own=False)
+        return [Plan("cp", 1, ranks, gather=False, own=False)]
     if strategy == "cp-own":
-        return Plan("cp-own", 1, ranks, gather=False)
-    context = ranks if context_ranks is None or ranks % context_ranks else context_ranks
-    return None if context == 1 else Plan("both", ranks // context, context)
+        return [Plan("cp-own", 1, ranks, gather=False)]
+    contexts = [count for count in context_ranks if ranks % count == 0] or [ranks]
+    return [Plan("both", ranks // context, context) for context in contexts if context > 1]
 
 
 @dataclass

@@ -33,7 +33,7 @@ from mlakit.studies.parallel_parts import (
     traffic,
     whole_layer,
 )
-from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, groups, header, plan_of, table
+from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, groups, header, plans_of, table
 from mlakit.testing import compare
 
 SCHEMA = "mlakit.parallel/1"
@@ -152,6 +152,10 @@ def measure_links(here: Ranks, clock: Clock) -> dict[str, Link]:
     return found
 
 
+def _plans(options: Options, ranks: int) -> list[Plan]:
+    return [plan for name in options.strategies for plan in plans_of(name, ranks, options.context_ranks)]
+
+
 def _measure_batch(study: Study, spec: str) -> None:
     here, options = study.here, study.options
     batch: Batch | None = None
@@ -170,9 +174,8 @@ def _measure_batch(study: Study, spec: str) -> None:
             failed = reason_of(error)
         failed = agreed(failed, here)
         free_memory()
-        for strategy in options.strategies:
-            plan = plan_of(strategy, here.size, options.context_ranks)
-            if plan is None or (scope == "layer" and strategy == "cp-own"):
+        for plan in _plans(options, here.size):
+            if scope == "layer" and plan.strategy == "cp-own":
                 continue
             row = Row(scope, spec, plan, options.mode, reason=failed)
             mine.append(row)
@@ -271,9 +274,8 @@ def _predict(study: Study, batch: Batch) -> Sequence[Row]:
     rows = []
     counts = [count for count in dict.fromkeys((here.size, *options.simulate)) if count > 1]
     for count in counts:
-        for strategy in options.strategies:
-            plan = plan_of(strategy, count, options.context_ranks)
-            if plan is None or strategy == "one":
+        for plan in _plans(options, count):
+            if plan.strategy == "one":
                 continue
             rows.append(_predicted(study, batch, plan))
             free_memory()
