@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, plan_slots
 from mlakit.decode.hopper_fp8 import _mla_decode_e4m3_kernel
+from mlakit.decode.hopper_fp8_many import _mla_decode_e4m3_many_kernel
 from mlakit.decode.hopper_launch import LOG2E, _counters
 from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
@@ -69,9 +70,11 @@ def _launch_hopper_e4m3(
         layout = _CODES if block[1] > ROPE else _ROPE_CODES
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
 
-    box = [page_size, 128] if page_size < 64 else [64, RANK]
+    many = config.kernel == "many"
+    width = RANK // 2 if many else RANK
+    box = [page_size, 128] if page_size < 64 else [64, width]
     arguments = (
-        descriptor(q_matrix, [tile_rows, RANK]), descriptor(q_matrix, [tile_rows, ROPE]), descriptor(k_matrix, box),
+        descriptor(q_matrix, [tile_rows, width]), descriptor(q_matrix, [tile_rows, ROPE]), descriptor(k_matrix, box),
         descriptor(k_matrix, [box[0], ROPE]), block_table, seq_lens, out, lse, partial, partial_lse, counters,
     )  # fmt: skip
     if known is not None:
@@ -88,8 +91,12 @@ def _launch_hopper_e4m3(
     evenly_spaced = q_len == 1 or out.stride(1) == heads * out.stride(2)
     requests = 1 if batch == 1 else max(128, triton.next_power_of_2(batch))
     constants: tuple[Any, ...] = (
-        causal and q_len > 1, evenly_spaced, page_size, requests, config.least, tile_rows, config.stages, config.warps,
+        causal and q_len > 1, evenly_spaced, page_size, requests, config.least,
     )  # fmt: skip
+    if many:
+        function, constants = _mla_decode_e4m3_many_kernel, (*constants, config.worker_registers)
+    else:
+        function, constants = _mla_decode_e4m3_kernel, (*constants, tile_rows, config.stages, config.warps)
     grid = (plan.programs, 1, 1)
     options = {
         "num_warps": config.warps,
@@ -98,10 +105,10 @@ def _launch_hopper_e4m3(
     }
     if device.type != "cuda":
         with warps_together():
-            _mla_decode_e4m3_kernel[grid](*arguments, *numbers, *constants, **options)
+            function[grid](*arguments, *numbers, *constants, **options)
         return
     with torch.cuda.device(device), warps_together():
-        compiled = _mla_decode_e4m3_kernel[grid](*arguments, *numbers, *constants, **options)
+        compiled = function[grid](*arguments, *numbers, *constants, **options)
     if len(_LAUNCHES) >= _MOST_LAUNCHES:
         _LAUNCHES.clear()
     _LAUNCHES[key] = compiled[grid], config, plan, (*numbers, *constants)

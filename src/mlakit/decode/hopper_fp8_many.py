@@ -1,0 +1,468 @@
+"""Dense MLA decode from e4m3 caches for many heads on Hopper: 64 query rows a program, two warpgroups in turns.
+
+Scores of a tile of 64 keys, e4m3 by e4m3, are computed by one warpgroup, of the next tile by the other; weights and the
+running maximum go through shared memory. The output is kept transposed, and each warpgroup has half of its rows: values
+are the left operand, from registers (`hopper_fp8_values`). A warpgroup's turn: scores of its own tile and, meanwhile,
+values of the tile before; weights of its own tile; values of it. While one computes weights the other multiplies.
+
+Each warpgroup refills its own half of a tile as soon as it has multiplied it, four tiles ahead.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlakit.decode.hopper_fp8_values import _halves, _words
+from mlakit.decode.hopper_parts import (
+    _arrive,
+    _await,
+    _barrier,
+    _fetch_into_l2,
+    _merge,
+    _row_at,
+    _same_for_warp,
+    _tile_rows,
+    _uniform,
+)
+from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+
+
+@gluon.jit
+def _fill(k_desc, r_desc, page_rows, keys, rope, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr):
+    """Copy half of a tile, the left one with the rope part: one box, or one for each page and 128 columns."""
+    mbarrier.expect(full, 64 * (256 + 64 * (1 - HALF)), pred=wanted)
+    if PAGE >= 64:
+        tma.async_copy_global_to_shared(k_desc, [page_rows[0], HALF * 256], full, keys, pred=wanted)
+        if HALF == 0:
+            tma.async_copy_global_to_shared(r_desc, [page_rows[0], 512], full, rope, pred=wanted)
+    else:
+        for i in gl.static_range(64 // PAGE):
+            for part in gl.static_range(2):
+                box = keys.slice(i * PAGE, PAGE, 0).slice(part * 128, 128, 1)
+                tma.async_copy_global_to_shared(
+                    k_desc, [page_rows[i], HALF * 256 + part * 128], full, box, pred=wanted
+                )
+            if HALF == 0:
+                box = rope.slice(i * PAGE, PAGE, 0)
+                tma.async_copy_global_to_shared(r_desc, [page_rows[i], 512], full, box, pred=wanted)
+
+
+@gluon.jit
+def _zero_tail(words, valid):
+    """Set codes of half a tile's keys past the request's last one to zero: 0 * NaN would not be 0. Rows of words."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    for part in gl.static_range(2):
+        some = words.slice(part * 32, 32, 1)
+        some.store(gl.where(row[:, None] < valid, some.load(layout), 0))
+
+
+@gluon.jit
+def _finite(m, CAUSAL: gl.constexpr):
+    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
+    if CAUSAL:
+        m = gl.where(m == -float("inf"), 0.0, m)
+    return m
+
+
+@gluon.jit
+def _scores(queries, q_rope, left, right, rope, z, layout: gl.constexpr):
+    """Q K^T of a tile, on its way."""
+    s = gl.zeros([64, 64], gl.float32, layout)
+    s = warpgroup_mma(q_rope.index(z), rope.permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
+    return warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _add_values(pairs, weights, factor, o0, o1, o2, o3, operand: gl.constexpr):
+    """O^T = O^T * factor + V^T P^T of half a tile: the even and the odd columns of its quarters, on their way."""
+    p = weights.permute((1, 0))
+    even, odd = _halves(pairs.slice(0, 64, 1).permute((1, 0)).load(operand))
+    o0 = warpgroup_mma(even, p, o0 * factor, is_async=True)
+    o1 = warpgroup_mma(odd, p, o1 * factor, is_async=True)
+    even_2, odd_2 = _halves(pairs.slice(64, 64, 1).permute((1, 0)).load(operand))
+    o2 = warpgroup_mma(even_2, p, o2 * factor, is_async=True)
+    o3 = warpgroup_mma(odd_2, p, o3 * factor, is_async=True)
+    return o0, o1, o2, o3, even, odd, even_2, odd_2
+
+
+@gluon.jit
+def _weigh(
+    s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights, maxima, factors, told, W: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Weights of this warpgroup's tile, times 2^12, so that few are subnormal in float16; m: the maximum so far of all
+    tiles, own_m: that to which the sum l of this warpgroup's tiles is.
+    """
+    if first_key + 64 > shortest:
+        s = gl.where((first_key + key)[None, :] < sight[:, None], s, -float("inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    shift = _finite(m_new, CAUSAL)
+    maxima.index(W).store(m_new)
+    factors.index(W).store(gl.exp2(m - shift))
+    p = gl.exp2(s * scale_log2 - (shift - 12.0)[:, None])
+    weights.index(W).store(p.to(gl.float16))
+    fence_async_shared()
+    mbarrier.arrive(told.index(W), count=1)
+    l = l * gl.exp2(own_m - shift) + gl.sum(p, 1)
+    return m_new, l
+
+
+@gluon.jit
+def _attend(
+    W: gl.constexpr, q_desc, q_rope_desc, k_desc, r_desc, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, kv_scale, stride_tb, stride_ob, stride_os, stride_oh,
+    batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
+    queries, q_rope, keys, ropes, weights, maxima, factors, sums, full, full_q, told_p, told_l,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup, W = 0 the left half of the output, 1 the right one, over all pieces of its slot."""
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    BF16: gl.constexpr = DTYPE == gl.bfloat16
+    LN2: gl.constexpr = 0.6931471805599453
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, output, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, score)
+    of_column: gl.constexpr = gl.SliceLayout(0, output)  # query rows, which are columns of the output's transpose
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    rows = q_len * heads
+    local = gl.arange(0, 64, of_row)
+    key = gl.arange(0, 64, gl.SliceLayout(0, score))
+    pairs = keys._reinterpret(gl.int16, [8, 64, 128], gl.NVMMASharedLayout(128, 16, rank=2))
+    as_words = keys._reinterpret(gl.int32, [8, 64, 64], gl.NVMMASharedLayout(128, 32, rank=2))
+    passed = begin * 0  # pairs so far: the parity of every barrier
+    done = begin * 0  # pieces so far
+    start_before = before
+
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
+        )
+        if first < last:
+            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows
+            # from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
+            own_tile = tile + (length < 0).to(gl.int32)
+            q_row = request * rows + own_tile * 64
+            if W == 0:
+                mbarrier.expect(full_q, 64 * 576)
+                tma.async_copy_global_to_shared(q_desc, [q_row, 0], full_q, queries.index(0))
+                tma.async_copy_global_to_shared(q_desc, [q_row, 256], full_q, queries.index(1))
+                tma.async_copy_global_to_shared(q_rope_desc, [q_row, 512], full_q, q_rope.index(0))
+            valid = gl.minimum(length, capacity)
+            last_key = valid - 1
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            for i in gl.static_range(4):
+                now = _tile_rows(table, 2 * first + i, last_key, PAGE)
+                stage = (2 * passed + i) % 4
+                wanted = first + i // 2 < last
+                _fill(k_desc, r_desc, now, keys.index(4 * W + stage), ropes.index(stage), full.index(stage), W, wanted, PAGE)
+            if CAUSAL:
+                sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
+                shortest = valid - q_len + 1 + (own_tile * 64) // heads
+            else:
+                sight = gl.full([64], 0, gl.int32, of_row) + valid
+                shortest = valid
+            m = gl.full([64], -float("inf"), gl.float32, of_row)
+            l = gl.zeros([64], gl.float32, of_row)
+            o0 = gl.zeros([64, 64], gl.float32, output)
+            o1 = gl.zeros([64, 64], gl.float32, output)
+            o2 = gl.zeros([64, 64], gl.float32, output)
+            o3 = gl.zeros([64, 64], gl.float32, output)
+            if W == 0:
+                next_own = _tile_rows(table, 2 * first + 4, last_key, PAGE)
+                next_other = _tile_rows(table, 2 * first + 5, last_key, PAGE)
+            else:
+                next_own = _tile_rows(table, 2 * first + 5, last_key, PAGE)
+                next_other = _tile_rows(table, 2 * first + 4, last_key, PAGE)
+            mbarrier.wait(full_q, done & 1)
+            if W == 0:
+                # The first tile's scores, before which there is nothing to do.
+                z = _same_for_warp(first * zero)
+                own_stage = _same_for_warp(first * zero + (2 * passed) % 4)
+                mbarrier.wait(full.index((2 * passed) % 4), passed // 2 & 1)
+                if first * 128 + 64 > valid:
+                    _zero_tail(as_words.index(own_stage), valid - first * 128)
+                    _zero_tail(as_words.index(own_stage + 4), valid - first * 128)
+                    fence_async_shared()
+                    _barrier()
+                s = _scores(
+                    queries, q_rope, keys.index(own_stage), keys.index(own_stage + 4), ropes.index(own_stage), z, score
+                )
+                s = warpgroup_mma_wait(0, [s])
+                own_m, l = _weigh(
+                    s, m, m, l, first * 128, key, sight, shortest, scale_log2, weights, maxima, factors, told_p, W, CAUSAL
+                )
+                factor = factors.index(W).load(of_column)[None, :]
+                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
+                    pairs.index(own_stage), weights.index(z), factor, o0, o1, o2, o3, operand
+                )
+                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
+                _barrier()
+                _fill(
+                    k_desc, r_desc, next_own, keys.index(own_stage), ropes.index(own_stage),
+                    full.index((2 * passed) % 4), W, first + 2 < last, PAGE,
+                )
+                next_own = _tile_rows(table, 2 * first + 6, last_key, PAGE)
+                passed += 1
+            else:
+                own_m = m
+            for pair in range(first + 1 - W, last):
+                z = _same_for_warp(pair * zero)
+                own = (2 * passed + W) % 4
+                other = (2 * passed + 3) % 4 if W == 0 else (2 * passed) % 4
+                own_stage = _same_for_warp(pair * zero + own)
+                other_stage = _same_for_warp(pair * zero + other)
+                first_key = pair * 128 + W * 64
+                # The tile before this one's: of the pair before (left) or of this pair (right).
+                other_pair = pair - 1 + W
+                then_other = _tile_rows(table, 2 * (other_pair + 3) + 1 - W, last_key, PAGE)
+                then_own = _tile_rows(table, 2 * (pair + 3) + W, last_key, PAGE)
+                mbarrier.wait(full.index(own), passed // 2 & 1)
+                if first_key + 64 > valid:
+                    _zero_tail(as_words.index(own_stage), valid - first_key)
+                    _zero_tail(as_words.index(own_stage + 4), valid - first_key)
+                    fence_async_shared()
+                    _barrier()
+                s = _scores(
+                    queries, q_rope, keys.index(own_stage), keys.index(own_stage + 4), ropes.index(own_stage), z, score
+                )
+                mbarrier.wait(told_p.index(1 - W), (passed + 1 - W) & 1)
+                factor = factors.index(1 - W).load(of_column)[None, :]
+                m = maxima.index(1 - W).load(of_row)
+                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
+                    pairs.index(other_stage + 4 * W), weights.index(z + 1 - W), factor, o0, o1, o2, o3, operand
+                )
+                s, o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [s, o0, o1, o2, o3, a0, a1, a2, a3])
+                _barrier()
+                _fill(
+                    k_desc, r_desc, next_other, keys.index(other_stage + 4 * W), ropes.index(other_stage),
+                    full.index(other), W, other_pair + 2 < last, PAGE,
+                )
+                next_other = then_other
+                own_m, l = _weigh(
+                    s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights, maxima, factors, told_p, W,
+                    CAUSAL,
+                )
+                factor = factors.index(W).load(of_column)[None, :]
+                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
+                    pairs.index(own_stage + 4 * W), weights.index(z + W), factor, o0, o1, o2, o3, operand
+                )
+                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
+                _barrier()
+                _fill(
+                    k_desc, r_desc, next_own, keys.index(own_stage + 4 * W), ropes.index(own_stage),
+                    full.index(own), W, pair + 2 < last, PAGE,
+                )
+                next_own = then_own
+                passed += 1
+            if W == 0:
+                # The last tile's values.
+                z = _same_for_warp(last * zero)
+                other_stage = _same_for_warp(last * zero + (2 * passed + 3) % 4)
+                mbarrier.wait(told_p.index(1), (passed + 1) & 1)
+                factor = factors.index(1).load(of_column)[None, :]
+                m = maxima.index(1).load(of_row)
+                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
+                    pairs.index(other_stage), weights.index(z + 1), factor, o0, o1, o2, o3, operand
+                )
+                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
+            else:
+                m = own_m
+
+            l = l * gl.exp2(own_m - _finite(m, CAUSAL))
+            sums.index(W).store(l)
+            mbarrier.arrive(told_l.index(W), count=1)
+            mbarrier.wait(told_l.index(1 - W), done & 1)
+            done += 1
+            l = l + sums.index(1 - W).load(of_row)
+            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
+            # over a part.
+            inverse = gl.where(l == 0.0, 0.0, kv_scale / l)
+            inverse = gl.where(length > capacity, float("nan"), inverse)
+            lse = gl.where(l == 0.0, -float("inf"), m - 12.0 + gl.log2(l))
+            factors.index(W).store(inverse)
+            _barrier()
+            factor = factors.index(W).load(of_column)[None, :]
+            # Through the keys' memory, a part that this warpgroup alone has read as values, so that rows are written
+            # whole.
+            wide = keys._reinterpret(gl.int32, [4, 64, 128], gl.NVMMASharedLayout(128, 32, rank=2)).index(2 * W)
+            wide.slice(0, 64, 1).permute((1, 0)).store(_words(o0 * factor, o1 * factor, BF16))
+            wide.slice(64, 64, 1).permute((1, 0)).store(_words(o2 * factor, o3 * factor, BF16))
+            _barrier()
+            o_part = keys._reinterpret(DTYPE, [4, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2)).index(2 * W).load(plain)
+            fence_async_shared()
+            out_row = gl.arange(0, 64, gl.SliceLayout(1, plain))
+            out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, plain))
+            row = own_tile * 64 + out_row
+            if count > 1:
+                place = _partial_at(base, number, aligned) * row_tiles + own_tile
+                part = partial_ptr + place.to(gl.int64) * (64 * 512)
+                gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
+                if W == 0:
+                    gl.store(partial_lse_ptr + place * 64 + local, lse)
+                _arrive(counter_ptr + request * row_tiles + own_tile, (number == 0) & (W == 0), 2 * count)
+            else:
+                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
+                result = out_ptr + request.to(gl.int64) * stride_ob
+                gl.store(result + at_row[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
+                if W == 0:
+                    natural = gl.where(length > capacity, float("nan"), lse * LN2)
+                    lse_row = own_tile * 64 + local
+                    gl.store(lse_ptr + request.to(gl.int64) * rows + lse_row, natural, mask=lse_row < rows)
+                _barrier()
+        before += steps
+
+    # Requests without keys: nobody's pieces.
+    if W == 1:
+        for other in range(slot, batch, slots):
+            request = slot * 0 + other  # a tensor, also to the type checker
+            length = gl.load(seq_lens_ptr + request)
+            if gl.minimum(length, capacity) <= 0:
+                row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
+                col = gl.arange(0, 512, gl.SliceLayout(0, plain))
+                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
+                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + col[None, :]
+                nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
+                gl.store(result, gl.zeros([64, 512], DTYPE, plain) + nothing, mask=(row < rows)[:, None])
+                row = tile * 64 + local
+                nothing = gl.where(length > capacity, float("nan"), -float("inf"))
+                nothing += gl.zeros([64], gl.float32, of_row)
+                gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+
+    # Pieces of a request are merged by the programs that computed them, each some rows.
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
+        )
+        if (first < last) & (count > 1):
+            own_tile = tile + (length < 0).to(gl.int32)
+            _await(counter_ptr + request * row_tiles + own_tile)
+            result = out_ptr + request.to(gl.int64) * stride_ob
+            result_lse = lse_ptr + request.to(gl.int64) * rows
+            too_long = length > capacity
+            if count <= 2:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 2, 16, 256, 64, True, FLAT,
+                )  # fmt: skip
+            elif count <= 4:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 4, 8, 256, 64, True, FLAT,
+                )  # fmt: skip
+            elif count <= 8:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 8, 4, 256, 64, True, FLAT,
+                )  # fmt: skip
+            elif count <= 16:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 16, 2, 256, 64, True, FLAT,
+                )  # fmt: skip
+            else:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 32, 1, 256, 64, False, FLAT,
+                )  # fmt: skip
+        before += steps
+
+
+@gluon.jit
+def _left(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
+    _attend(0, *args, CAUSAL, FLAT, PAGE)
+
+
+@gluon.jit
+def _right(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
+    _attend(1, *args, CAUSAL, FLAT, PAGE)
+
+
+# What changes from batch to batch must not recompile; `zero` must stay unknown.
+@gluon.jit(
+    do_not_specialize=[
+        "stride_tb",
+        "batch",
+        "q_len",
+        "heads",
+        "capacity",
+        "row_tiles",
+        "slots",
+        "splits",
+        "most_pieces",
+        "slot_items",
+        "zero",
+    ]
+)
+def _mla_decode_e4m3_many_kernel(
+    q_desc, q_rope_desc, k_desc, r_desc,
+    table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, kv_scale, stride_tb, stride_ob, stride_os, stride_oh,
+    batch, q_len, heads, capacity, row_tiles, slots, splits, most_pieces, slot_items, zero,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    CODE: gl.constexpr = k_desc.dtype
+    if BLOCK_B == 1:
+        length_of_all = gl.load(seq_lens_ptr)
+        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
+    else:
+        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
+    slot = gl.program_id(0) // row_tiles
+    codes: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    rope_codes: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries = gl.allocate_shared_memory(CODE, [2, 64, 256], codes)
+    q_rope = gl.allocate_shared_memory(CODE, [1, 64, 64], rope_codes)
+    keys = gl.allocate_shared_memory(CODE, [8, 64, 256], codes)  # left halves of four tiles, right halves
+    ropes = gl.allocate_shared_memory(CODE, [4, 64, 64], rope_codes)
+    weights = gl.allocate_shared_memory(gl.float16, [2, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    told_p = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    told_l = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(full.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(told_p.index(i), count=1)
+        mbarrier.init(told_l.index(i), count=1)
+    mbarrier.init(full_q, count=1)
+    fence_async_shared()
+    if BLOCK_B == 1:
+        begin, end, aligned, pieces, share, before = _share_out_one(
+            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 128, LEAST
+        )
+    else:
+        begin, end, aligned, pieces, share, before = _share_out(
+            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST
+        )
+    args = (
+        q_desc, q_rope_desc, k_desc, r_desc, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+        partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, kv_scale, stride_tb, stride_ob, stride_os, stride_oh,
+        batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
+        queries, q_rope, keys, ropes, weights, maxima, factors, sums, full, full_q, told_p, told_l,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_left, (args, CAUSAL, FLAT, PAGE)),
+            (_right, (args, CAUSAL, FLAT, PAGE)),
+        ],
+        [4],
+        [WORKER_REGISTERS],
+    )
