@@ -13,7 +13,7 @@ OPERATIONS = {"decode", "prefill", "sparse", "indexer", "concat", "cache", "quan
 
 # A layer may import from the layers below it, and from itself.
 LAYERS = [
-    {"dims", "hardware", "testing", "dispatch", "hopper_compile", "triton_e4m3", "triton_launch"},
+    {"dims", "hardware", "testing", "dispatch", "hopper_compile", "hopper_counters", "triton_e4m3", "triton_launch"},
     OPERATIONS,
     {"nn", "compat"},
     {"backends"},

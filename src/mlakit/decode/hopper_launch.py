@@ -12,60 +12,13 @@ from mlakit.decode.hopper_few import _mla_decode_few_kernel
 from mlakit.decode.hopper_many import _mla_decode_many_kernel
 from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
+from mlakit.hopper_counters import counters as _counters
 
 LOG2E = 1.4426950408889634
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
 _MOST_LAUNCHES = 4096
 # A launch by what determines it but the tensors' addresses: the compiled kernel and all arguments after the tensors.
 _LAUNCHES: dict[Any, tuple[Any, HopperConfig, HopperPlan, tuple[Any, ...]]] = {}
-
-
-class _Counters:
-    """Zeros by which programs of a launch tell one another that partial results are written; each launch leaves their
-    lower 16 bits zero. Launches that may run at the same time must not share them: a stream has its own, and so has a
-    captured call.
-    """
-
-    SIZE = 1 << 20
-
-    def __init__(self, device: torch.device) -> None:
-        self._zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # once: from here on every stream may take them to be zero
-        self._used = 0
-        self._streams: dict[int, torch.Tensor] = {}
-
-    def of_stream(self, stream: int, count: int) -> torch.Tensor:
-        """Counters of calls on a stream, which follow one another."""
-        own = self._streams.get(stream)
-        if own is None or own.numel() < count:
-            own = self._streams[stream] = self.take(max(count, 1024))
-        return own
-
-    def take(self, count: int) -> torch.Tensor:
-        """Counters that nobody else gets."""
-        count = -(-count // 4) * 4
-        if self._used + count > self.SIZE:
-            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
-        self._used += count
-        return self._zeros[self._used - count : self._used]
-
-
-_COUNTERS: dict[torch.device, _Counters] = {}
-
-
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    if device.type != "cuda":  # compiled, not run
-        return torch.zeros(count, dtype=torch.int32)
-    capturing = torch.cuda.is_current_stream_capturing()
-    found = _COUNTERS.get(device)
-    if found is None:
-        if capturing:  # no way to wait for zeros written outside of the graph: one more node, for this graph alone
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        found = _COUNTERS[device] = _Counters(device)
-    if capturing:
-        return found.take(count)
-    return found.of_stream(torch.cuda.current_stream(device).cuda_stream, count)
 
 
 def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:

@@ -1,6 +1,4 @@
-"""What the Hopper decode kernels share: counters between programs, looking up tiles, and merging the partial results of
-a request's pieces.
-"""
+"""What the Hopper decode kernels share: looking up tiles, and merging the partial results of a request's pieces."""
 
 # mypy: disallow-incomplete-defs=False
 # Triton gives kernel arguments their types.
@@ -10,51 +8,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from mlakit.decode.hopper_schedule import _partial_at
-
-# The name of Triton 3.6, and that of later ones.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-
-
-@gluon.jit
-def _arrive(counter_ptr, first, arrivals):
-    """Tell other programs that what this warpgroup has written so far can be read. A counter is a multiple of 65536
-    between launches and once all of its `arrivals` are there: the `first` of them adds what the others leave to the
-    next multiple, so that nobody has to set it back.
-    """
-    _barrier()
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred one; .reg .u32 lane;
-        mov.u32 lane, %tid.x; and.b32 lane, lane, 127; setp.eq.u32 one, lane, 0;
-        @one red.release.gpu.global.add.u32 [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [counter_ptr, gl.where(first, 65537 - arrivals, 1)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _await(counter_ptr):
-    """Wait until all have arrived; to be called after one's own `_arrive`."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred more; .reg .u32 seen;
-        AGAIN: ld.acquire.gpu.global.u32 seen, [$1];
-        and.b32 seen, seen, 65535; setp.ne.u32 more, seen, 0;
-        @more bra AGAIN;
-        mov.u32 $0, seen;
-        }""",
-        "=r,l",
-        [counter_ptr],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    _barrier()
+from mlakit.hopper_counters import arrive as _arrive  # noqa: F401 - for the kernels that merge
+from mlakit.hopper_counters import await_all as _await  # noqa: F401
+from mlakit.hopper_counters import barrier as _barrier  # noqa: F401
 
 
 @gluon.jit
