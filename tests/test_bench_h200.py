@@ -13,7 +13,7 @@ import pytest
 
 from mlakit.bench import config_file
 from mlakit.bench.plan import make_plan, settings_for
-from mlakit.cli import bench
+from mlakit.cli import bench, recommend
 from mlakit.cli.study import add_parser as add_studies
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def test_every_step_has_its_script(run_all):
     known = run_all.steps()
     names = ["concat", "dense_decode", "dsa", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
     studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness", "num_splits", "reorder_threshold"]
-    assert [step.name for step in known] == [*names, *studies, *run_all.BENCHES]
+    assert [step.name for step in known] == [*names, *studies, "recommend", *run_all.BENCHES]
     for step in known:
         assert step.stamped == (step.name in names)
         if step.stamped:
@@ -127,6 +127,13 @@ def test_every_study_takes_its_options(run_all):
         if step.command[3:4] == ("study",):
             parsed = parser.parse_args([*step.command[3:], "record.json"])
             assert str(parsed.output_json) == "record.json"
+
+
+def test_recommend_takes_its_options(run_all):
+    parser = argparse.ArgumentParser()
+    recommend.add_parser(parser.add_subparsers())
+    command = next(step.command for step in run_all.steps() if step.name == "recommend")
+    assert str(parser.parse_args([*command[3:], "record.json"]).output_json) == "record.json"
 
 
 def test_every_bench_takes_its_options(run_all, tmp_path, monkeypatch):

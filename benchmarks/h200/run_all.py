@@ -49,10 +49,19 @@ STUDIES = {
     "num_splits": ("num-splits", "--tp", "8", "--repeats", "20"),
     "reorder_threshold": ("reorder-threshold", "--batch-sizes", "1", "8", "64", "256", "--repeats", "20"),
 }  # fmt: skip
-LIMITS = {"reorder_threshold": 600.0, "num_splits": 400.0}  # seconds; 240 for the others
+# seconds; 240 for the others
+LIMITS = {
+    "reorder_threshold": 600.0, "num_splits": 400.0, "mla_decode": 900.0, "mla_mixed_batch": 400.0,
+    "speculative_decode": 600.0, "standard_attention": 400.0, "reorder_grid": 900.0, "backends_standard": 400.0,
+}  # fmt: skip
 # The bench's records: the suite's own commands (seed_commands.sh runs all there are), and all backends side by side.
 BENCHES = {
     "quickstart": ("--config", "quickstart"),
+    "mla_decode": ("--config", "mla_decode"),
+    "mla_mixed_batch": ("--config", "mla_mixed_batch"),
+    "speculative_decode": ("--config", "speculative_decode"),
+    "standard_attention": ("--config", "standard_attention"),
+    "reorder_grid": ("--config", "reorder_threshold"),
     "backends_decode": ("--config", "backends.yaml"),
     "backends_mla": (
         "--backends", "cutlass_mla", "flashinfer_mla", "flashattn_mla", "flashmla", "mlakit", "--batch-specs",
@@ -76,6 +85,7 @@ BENCHES = {
         "--num-q-heads", "16", "--num-layers", "1", "--repeats", "20",
     ),
 }  # fmt: skip
+RECOMMEND = ("--model", "deepseek-v3", "--tp", "8", "--batch-specs", "64q1s4k", "16q4s4k", "q1s64k", "--repeats", "20")
 NOTHING_RAN = 1  # what a command says where no backend of its is available: as much of a record as any other
 # Modules of the peers, and the distributions that hold their versions.
 PEERS = {
@@ -101,7 +111,7 @@ class Step:
     @property
     def stamped(self) -> bool:
         """Whether the command writes bare rows, which need a stamp; records of bench and studies have theirs."""
-        return self.name not in BENCHES and self.name not in STUDIES
+        return self.name not in (*BENCHES, *STUDIES, "recommend")
 
 
 def steps(scripts: Path = HERE) -> list[Step]:
@@ -116,9 +126,10 @@ def steps(scripts: Path = HERE) -> list[Step]:
         Step(name, (*mlakit, "study", *options, "--output-json"), LIMITS.get(name, 240.0))
         for name, options in STUDIES.items()
     ]
+    found.append(Step("recommend", (*mlakit, "recommend", *RECOMMEND, "--output-json"), 400.0))
     codes = {"backends_cutlass": (0, NOTHING_RAN)}
     return found + [
-        Step(name, (*mlakit, "bench", *options, "--output-json"), 240.0, codes.get(name, (0,)))
+        Step(name, (*mlakit, "bench", *options, "--output-json"), LIMITS.get(name, 240.0), codes.get(name, (0,)))
         for name, options in BENCHES.items()
     ]
 
