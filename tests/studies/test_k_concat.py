@@ -7,7 +7,6 @@ import torch
 
 from mlakit.studies import k_concat
 from mlakit.studies.k_concat_report import (
-    MethodResult,
     StudyRow,
     conclusion,
     format_row,
@@ -15,6 +14,7 @@ from mlakit.studies.k_concat_report import (
     memory_table,
     summary,
 )
+from mlakit.studies.method_rows import MethodResult
 
 QUICK = ["--device", "cpu", "--dims", "2,8,4", "--num-iters", "2", "--num-warmup", "0"]
 

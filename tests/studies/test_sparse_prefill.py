@@ -9,6 +9,7 @@ import torch
 
 from mlakit.studies import sparse_prefill
 from mlakit.studies import sparse_prefill_methods as methods
+from mlakit.studies.method_rows import MethodResult
 from mlakit.studies.sparse_prefill_options import CONFIGS
 from mlakit.studies.sparse_prefill_report import (
     DENSE,
@@ -16,7 +17,6 @@ from mlakit.studies.sparse_prefill_report import (
     FLASH_MLA,
     NAIVE,
     SPARSE,
-    MethodResult,
     Row,
     complexity,
     csv_text,

@@ -151,6 +151,8 @@ def _of_record(record: LoadedRecord) -> list[str]:
     commits = {str(session.environment.get("commit")) for session in record.sessions}
     if any(commit.endswith("+dirty") for commit in commits):
         found.append("measured with changes that were not committed")
+    for name, count in record.left_out.items():
+        found.append(f"{count} rows of {name}, the kernels inside calls, are not shown; they are in the record")
     return found
 
 

@@ -103,9 +103,9 @@ def _by_operation(record: LoadedRecord, options: TableOptions) -> dict[tuple[str
 def _grid(rows: Sequence[Measurement], options: TableOptions) -> Grid:
     names = _column_names(rows)
     columns = dict(options.columns) or {name: (name,) for name in dict.fromkeys(names)}
-    by_job: dict[str, dict[str, list[Measurement]]] = {}
+    by_job: dict[tuple[str, str], dict[str, list[Measurement]]] = {}
     for row, name in zip(rows, names, strict=True):
-        by_job.setdefault(row.job_key, {}).setdefault(row.backend if options.columns else name, []).append(row)
+        by_job.setdefault(row.comparison, {}).setdefault(row.backend if options.columns else name, []).append(row)
     jobs = [next(iter(found.values()))[0] for found in by_job.values()]
     cells = [[_best(found, backends) for backends in columns.values()] for found in by_job.values()]
     kept = [i for i, line in enumerate(cells) if any(line)]
@@ -124,9 +124,9 @@ def _best(found: Mapping[str, Sequence[Measurement]], backends: Iterable[str]) -
 def _column_names(rows: Sequence[Measurement]) -> list[str]:
     """Backends, with the settings that tell apart what a backend did more than once at one job."""
     settings: dict[str, set[str]] = {}
-    seen: dict[tuple[str, str], Measurement] = {}
+    seen: dict[tuple[tuple[str, str], str], Measurement] = {}
     for row in rows:
-        first = seen.setdefault((row.job_key, row.backend), row)
+        first = seen.setdefault((row.comparison, row.backend), row)
         differing = {
             key for key in {*row.settings, *first.settings} if row.settings.get(key) != first.settings.get(key)
         }
@@ -138,15 +138,19 @@ def _column_names(rows: Sequence[Measurement]) -> list[str]:
 
 
 def _labels(jobs: Sequence[Measurement]) -> tuple[list[str], str]:
-    """Names of the jobs, with the sizes that tell apart those with the same name, and what all names have in common."""
+    """Names of the jobs, with the sizes and GPUs that tell apart those with the same name, and what all names have in
+    common.
+    """
+    traits = [{**job.sizes, "on": job.place} for job in jobs]
     telling: dict[str, set[str]] = {}
-    first: dict[str, Measurement] = {}
-    for job in jobs:
-        other = first.setdefault(job.job, job)
-        differing = {key for key in {*job.sizes, *other.sizes} if job.sizes.get(key) != other.sizes.get(key)}
+    first: dict[str, Mapping[str, Value]] = {}
+    for job, mine in zip(jobs, traits, strict=True):
+        other = first.setdefault(job.job, mine)
+        differing = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
         telling.setdefault(job.job, set()).update(differing)
     parts = [
-        [*job.job.split(", "), *(f"{key} {job.sizes.get(key)}" for key in sorted(telling[job.job]))] for job in jobs
+        [*job.job.split(", "), *(f"{key} {mine.get(key)}" for key in sorted(telling[job.job]))]
+        for job, mine in zip(jobs, traits, strict=True)
     ]
     common = [part for part in parts[0] if all(part in other for other in parts)] if len(parts) > 1 else []
     if any(set(named) <= set(common) for named in parts):

@@ -12,26 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.bench.batch_spec import BatchRequest, get_batch_type
+from mlakit.bench.ceilings import Ceilings
 from mlakit.bench.crossover import Curve, find_curves, recommend_thresholds
 from mlakit.bench.results import SCHEMA as BENCH_SCHEMA
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, Record
 
 Value = str | int | float | bool | None
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reached at best when it was measured: bytes and operations (in `dtype`) a second."""
-
-    dtype: str
-    copy_bytes_per_s: float
-    read_bytes_per_s: float
-    flops_per_s: float
-
-    @property
-    def bytes_per_s(self) -> float:
-        """The better of the two memory rates, as in `bench.limits`."""
-        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -57,9 +43,10 @@ class Measurement:
 
     `operation` is the kind of job ("attention", "mla_decode", "layer"), `job` its name there (a batch spec, or what the
     record calls it), `phase` "decode", "prefill", "extend", "mixed" or "". `sizes` is what a job is made of: rows with
-    the same `job_key` may be compared. `settings` is what one backend may do otherwise than another at the same job.
+    the same `comparison` may be compared. `settings` is what one backend may do otherwise than another at the same job.
     `samples` are all times where the record has them. `version` is the backend's. `checked` is None where the record
-    does not say; those of `make bench-h200` and of the studies hold no time that did not pass.
+    does not say; those of `make bench-h200` and of the studies hold no time that did not pass. `place` names the GPU of
+    a cluster that a row was measured on.
     """
 
     operation: str
@@ -87,11 +74,17 @@ class Measurement:
     clock_mhz: int | None = None
     version: str = ""
     session: int = 0
+    place: str = ""
 
     @property
     def job_key(self) -> str:
         """Equal for rows that measured the same job, whatever the backend."""
         return json.dumps([self.operation, self.model, self.job, dict(sorted(self.sizes.items()))])
+
+    @property
+    def comparison(self) -> tuple[str, str]:
+        """Equal for rows whose times may be compared: the same job on the same GPU, where a cluster has several."""
+        return self.job_key, self.place
 
     @property
     def identity(self) -> str:
@@ -112,7 +105,8 @@ class Measurement:
 @dataclass(frozen=True)
 class LoadedRecord:
     """A record file. `curves` are where decode and prefill cross, `conclusions` what follows from them in words, and
-    `differences` how far results were from one another or from float64 (study correctness).
+    `differences` how far results were from one another or from float64 (study correctness). `left_out` counts rows that
+    are no jobs, by what the record calls them.
     """
 
     path: Path
@@ -126,6 +120,7 @@ class LoadedRecord:
     curves: tuple[Curve, ...] = ()
     conclusions: tuple[str, ...] = ()
     differences: tuple[Mapping[str, Any], ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def session(self, row: Measurement) -> Session:
         """Where a row of this record was measured."""
@@ -139,7 +134,7 @@ def load_record(path: Path) -> LoadedRecord:
         ValueError: no such file, no JSON, a schema that this mlakit does not know, or a malformed record; the message
             is one line that names the file.
     """
-    from mlakit.report.load_studies import READERS
+    from mlakit.report.load_studies import READERS, left_out
 
     if path.is_dir():
         path = path / "record.json"
@@ -160,6 +155,7 @@ def load_record(path: Path) -> LoadedRecord:
             rows=tuple(rows),
             complete=bool(content.get("complete", True)),
             differences=tuple(differences),
+            left_out=left_out(content),
         )
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}: malformed record of schema {schema}: {type(error).__name__}: {error}") from error
@@ -209,9 +205,10 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _ceilings(found: Mapping[str, Any]) -> Ceilings:
-    rates = ("copy_bytes_per_s", "read_bytes_per_s", "flops_per_s")
-    return Ceilings(dtype_name(found["dtype"]), *(float(found[name]) for name in rates))
+def ceilings_of(found: Mapping[str, Any]) -> Ceilings:
+    """Those of a record."""
+    rates = (float(found[name]) for name in ("copy_bytes_per_s", "read_bytes_per_s", "flops_per_s"))
+    return Ceilings(str(found.get("device", "")), dtype_name(str(found.get("dtype", ""))), *rates)
 
 
 def _session(content: Mapping[str, Any]) -> Session:
@@ -220,7 +217,7 @@ def _session(content: Mapping[str, Any]) -> Session:
         return Session(environment=environment, started=content["date"])
     if not isinstance(content["environment"], Mapping):
         raise ValueError(f"environment: expected an object, got {content['environment']!r}")
-    ceilings = [_ceilings(content["ceilings"])] if content.get("ceilings") else []
+    ceilings = [ceilings_of(content["ceilings"])] if content.get("ceilings") else []
     return Session(
         environment=content["environment"],
         started=content.get("started"),
@@ -236,7 +233,7 @@ def _bench(path: Path) -> LoadedRecord:
         Session(
             environment=session.environment,
             started=session.started,
-            ceilings={dtype: _ceilings(found) for dtype, found in session.ceilings.items()},
+            ceilings={dtype: ceilings_of(found) for dtype, found in session.ceilings.items()},
         )
         for session in record.sessions
     )
@@ -303,4 +300,5 @@ def _bench_row(row: BenchmarkResult) -> Measurement:
         clock_mhz=gpu.sm_clock if gpu else None,
         version=row.backend_version or "",
         session=row.session,
+        place=row.place.gpu or row.place.node if row.place else "",
     )

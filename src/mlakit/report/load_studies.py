@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mlakit.bench.batch_spec import parse_batch_spec
-from mlakit.report.load import Ceilings, Measurement, Value, dtype_name, uniform_sizes
+from mlakit.report.load import Measurement, Value, ceilings_of, dtype_name, uniform_sizes
 
 Rows = Iterable[Measurement]
 Differences = Iterable[Mapping[str, Any]]
@@ -40,17 +41,23 @@ def limit(
     """
     if not ceilings or not (flops or bytes_):
         return None, ""
-    most = Ceilings("", *(float(ceilings[n]) for n in ("copy_bytes_per_s", "read_bytes_per_s", "flops_per_s")))
-    compute = 0.0 if narrow else (flops or 0.0) / most.flops_per_s
-    memory = (bytes_ or 0.0) / most.bytes_per_s
-    bound = "compute" if compute > memory else "memory"
-    return max(compute, memory) or None, bound if max(compute, memory) else ""
+    least, bound = ceilings_of(ceilings).limit(0.0 if narrow else flops or 0.0, bytes_ or 0.0)
+    return (least, bound) if least else (None, "")
 
 
 def speed(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
     """`make bench-h200`: rows of one operation or several, best first. The kernels inside a call are left out."""
-    rows = content["rows"]
-    return [_speed_row(row, content.get("ceilings")) for row in rows if not row["op"].endswith("_kernels")], ()
+    return [_speed_row(row, content.get("ceilings")) for row in content["rows"] if not _is_kernel(row)], ()
+
+
+def left_out(content: Mapping[str, Any]) -> dict[str, int]:
+    """Rows that `speed` leaves out: how many of each kind."""
+    rows = content["rows"] if content["schema"] == "mlakit.speed/1" else ()
+    return dict(Counter(str(row["op"]) for row in rows if _is_kernel(row)))
+
+
+def _is_kernel(row: Mapping[str, Any]) -> bool:
+    return str(row["op"]).endswith("_kernels")
 
 
 def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Measurement:

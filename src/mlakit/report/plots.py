@@ -100,7 +100,7 @@ def _operation(entries: Sequence[Entry], folder: Path, stem: str, baseline: str 
 
 def _jobs(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     """Entries of the same job together, with its title; without those that have no time at all."""
-    found: dict[tuple[str, str], list[Entry]] = {}
+    found: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         found.setdefault(entry.job, []).append(entry)
     jobs = [mine for mine in found.values() if any(entry.row.seconds for entry in mine)]

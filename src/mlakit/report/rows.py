@@ -29,9 +29,9 @@ class Entry:
         return self.record.session(self.row)
 
     @property
-    def job(self) -> tuple[str, str]:
-        """Equal for what may be compared: the same job on the same kind of device."""
-        return (self.row.job_key, self.session.device)
+    def job(self) -> tuple[str, ...]:
+        """Equal for what may be compared: the same job on the same kind of device, and of a cluster the same one."""
+        return (*self.row.comparison, self.session.device)
 
 
 def entries_of(records: Sequence[LoadedRecord]) -> list[Entry]:
@@ -94,8 +94,12 @@ def job_titles(jobs: Sequence[Sequence[Entry]]) -> list[str]:
 def _traits(firsts: Sequence[Entry]) -> list[str]:
     """What tells jobs of one name apart, in as few words as do."""
     candidates: list[dict[str, Value]] = [
-        {"model": e.row.model, **e.row.sizes, "device": e.session.device, "record": e.record.name} for e in firsts
-    ]
+        {
+            "model": e.row.model, **e.row.sizes, "device": e.session.device, "record": e.record.name,
+            "place": e.row.place,
+        }
+        for e in firsts
+    ]  # fmt: skip
     found: list[list[str]] = [[] for _ in firsts]
     for name in dict.fromkeys(name for traits in candidates for name in traits):
         more = [[*mine, _trait(name, traits.get(name))] for mine, traits in zip(found, candidates, strict=True)]

@@ -29,7 +29,8 @@ from mlakit.studies.k_concat_options import (
 from mlakit.studies.k_concat_options import NUM_HEADS as NUM_HEADS
 from mlakit.studies.k_concat_options import PE_DIM as PE_DIM
 from mlakit.studies.k_concat_options import QK_NOPE_HEAD_DIM as QK_NOPE_HEAD_DIM
-from mlakit.studies.k_concat_report import MethodResult, StudyRow, conclusion, format_row, header, memory_table, summary
+from mlakit.studies.k_concat_report import StudyRow, conclusion, format_row, header, memory_table, summary
+from mlakit.studies.method_rows import MethodResult
 
 if TYPE_CHECKING:
     import torch

@@ -1,29 +1,18 @@
 """What the study `k-concat` prints: tables, and conclusions that follow from the numbers. No torch here."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlakit.bench.units import three
+from mlakit.studies.method_rows import MethodRow
 
 _MIB = 2**20
 _LARGE_BATCH = 512  # from here on it is prefill
 
 
 @dataclass
-class MethodResult:
-    """One method on one batch: seconds, or why there are none. `peak_mib` is what a call took on top of its inputs."""
-
-    mean: float | None = None
-    median: float | None = None
-    std: float | None = None
-    ci95: tuple[float, float] | None = None
-    peak_mib: float | None = None
-    reason: str = ""
-
-
-@dataclass
-class StudyRow:
+class StudyRow(MethodRow):
     """All methods on one batch."""
 
     dtype: str
@@ -33,11 +22,6 @@ class StudyRow:
     nope: int
     rope: int
     copy_bytes_per_s: float | None
-    methods: dict[str, MethodResult] = field(default_factory=dict)
-
-    def mean(self, method: str) -> float | None:
-        """Mean seconds of a method, None if it has no time."""
-        return self.methods[method].mean if method in self.methods else None
 
     def speedup(self, method: str, over: str = "cat") -> float | None:
         """How many times faster `method` is than `over`."""
@@ -70,17 +54,6 @@ class StudyRow:
         """The rate over that of a plain copy on this device."""
         rate = self.rate(method)
         return rate / self.copy_bytes_per_s if rate and self.copy_bytes_per_s else None
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "StudyRow":
-        """What `as_json` made of a row."""
-        own = {name.name: found[name.name] for name in fields(cls)}
-        names = [name.name for name in fields(MethodResult)]
-        own["methods"] = {
-            method: MethodResult(**{name: result[name] for name in names})
-            for method, result in found["methods"].items()
-        }
-        return cls(**own)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mlakit.studies.checkpoint import go_on, read_earlier, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
+from mlakit.studies.method_rows import MethodResult
 from mlakit.studies.sparse_prefill_options import (
     CONFIGS,
     D_QK,
@@ -40,7 +41,6 @@ from mlakit.studies.sparse_prefill_report import (
     NAIVE,
     SPARSE,
     WRONG,
-    MethodResult,
     Row,
     complexity,
     csv_text,

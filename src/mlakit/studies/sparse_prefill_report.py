@@ -4,10 +4,11 @@ numbers. No torch here.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlakit.studies.method_rows import MethodRow
 from mlakit.studies.sparse_prefill_options import MHA_D_QK, MHA_D_V
 
 NAIVE, SPARSE, FLASH_MLA = "naive", "sparse", "flash_mla"
@@ -33,19 +34,7 @@ WRONG = "wrong result"
 
 
 @dataclass
-class MethodResult:
-    """One implementation on one configuration: seconds, or why there are none."""
-
-    mean: float | None = None
-    median: float | None = None
-    std: float | None = None
-    ci95: tuple[float, float] | None = None
-    peak_mib: float | None = None  # on top of the inputs
-    reason: str = ""
-
-
-@dataclass
-class Row:
+class Row(MethodRow):
     """All implementations on one configuration."""
 
     s_q: int
@@ -55,11 +44,6 @@ class Row:
     d_qk: int
     d_v: int
     naive_chunk: int = 0  # queries at a time
-    methods: dict[str, MethodResult] = field(default_factory=dict)
-
-    def mean(self, method: str) -> float | None:
-        """Mean seconds of an implementation, None if it has no time."""
-        return self.methods[method].mean if method in self.methods else None
 
     def speedup(self, over: str, of: str = SPARSE) -> float | None:
         """How many times faster `of` is than `over`."""
@@ -91,17 +75,6 @@ class Row:
         """TFLOP/s of an implementation."""
         mean = self.mean(method)
         return self.flops(method) / mean / 1e12 if mean else None
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Row":
-        """What `as_json` made of a row."""
-        own = {name.name: found[name.name] for name in fields(cls)}
-        names = [name.name for name in fields(MethodResult)]
-        own["methods"] = {
-            method: MethodResult(**{name: result[name] for name in names})
-            for method, result in found["methods"].items()
-        }
-        return cls(**own)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""
