@@ -38,8 +38,8 @@ def test_values_and_logs_lie_side_by_side(ranks, dtype, lse_dtype, dim):
 # cannot be divided always go to all.
 @pytest.mark.parametrize(
     ("tokens", "heads", "ranks", "own", "all_"),
-    [(1, 128, 2, False, False), (32, 128, 2, True, False), (1, 128, 4, True, False), (1, 128, 8, True, True),
-     (32, 127, 8, False, False)],
+    [(1, 128, 2, False, False), (32, 128, 2, True, False), (1, 128, 4, False, False), (1, 128, 8, True, False),
+     (2, 128, 8, True, True), (32, 127, 8, False, False)],
 )  # fmt: skip
 def test_the_cheaper_exchange_is_chosen(tokens, heads, ranks, own, all_):
     nbytes = message_bytes(torch.bfloat16, torch.float32, tokens, heads, 512)

@@ -3,17 +3,19 @@
 A group is started once for all cases of its size: that takes longer than they do.
 """
 
+import os
 import re
 import signal
 
 import pytest
 
-from mlakit.distributed.group import LOST
+from mlakit.distributed.group import LOST, process_group
 from mlakit.distributed.launch import launch
 from tests.distributed import cases
 
 # More than any case needs on a busy machine; a rank that fails costs the others this long.
 PATIENCE = 60.0
+SETTING = "NCCL_GRAPH_MIXING_SUPPORT"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -58,3 +60,15 @@ def test_what_a_rank_raises_is_not_hidden(tmp_path):
     words = tmp_path / "words"
     assert launch(cases.refuse, 2, words, timeout=cases.SHORT) == 2
     assert words.read_text() == "mlakit: error: no, got something else\n"
+
+
+@pytest.mark.parametrize(("told", "found"), [(None, "0"), ("1", "1")])
+def test_a_promise_about_graphs_is_passed_on(told, found, monkeypatch):
+    """Unless the environment says otherwise."""
+    monkeypatch.setenv(SETTING, told or "")
+    if told is None:
+        monkeypatch.delenv(SETTING)
+    with process_group("cpu"):
+        assert os.environ.get(SETTING) == told
+    with process_group("cpu", graphs_alone=True):
+        assert os.environ[SETTING] == found

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +51,7 @@ class Clock:
             size = max(2 * info.cache_bytes, 2**28 if info.is_cuda else 0)
             self._flush = torch.zeros(size // 4, dtype=torch.int32, device=here.device)
         self._token = torch.zeros(1, device=here.device)
+        self._barrier = barrier_group(here) if info.is_cuda else None
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __enter__(self) -> "Clock":
@@ -111,7 +113,7 @@ class Clock:
                 call()
             # The GPU waits until the host has enqueued the rest, then for the other ranks' GPUs.
             torch.cuda._sleep(head_start)
-            dist.all_reduce(self._token)
+            dist.all_reduce(self._token, group=self._barrier)
             start.record()
             call()
             end.record()
@@ -159,6 +161,12 @@ class Monitor:
         if kind is None:
             state = self._own.state
             self.states = everyone(None if state is None else state.model_dump(), self._here)
+
+
+@cache
+def barrier_group(here: Ranks) -> dist.ProcessGroup | None:
+    """All ranks, with a communicator that no graph holds: barriers are launched while graphs run."""
+    return dist.new_group() if here.size > 1 else None
 
 
 def everyone(value: Any, here: Ranks) -> list[Any]:

@@ -1,6 +1,7 @@
 """The study `parallel` in a rank: what every one of them does, and what the first one writes."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +56,9 @@ class Study:
 
 def run_rank(options: Options, folder: Path, record_path: Path) -> int:
     """Measure everything with the other ranks; the first prints and writes. Returns the exit code."""
-    with process_group(options.device, timeout=options.timeout) as here, torch.no_grad():
+    # Graphs that are timed run alone: between them the host waits, and barriers have a communicator of their own.
+    graphs_alone = options.mode == "graph"
+    with process_group(options.device, timeout=options.timeout, graphs_alone=graphs_alone) as here, torch.no_grad():
         return _run(here, options, folder, record_path)
 
 
@@ -65,7 +68,7 @@ def _run(here: Ranks, options: Options, folder: Path, record_path: Path) -> int:
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**describe_environment(info), "nccl": _nccl(info.is_cuda)},
+        "environment": {**describe_environment(info), **_nccl(info.is_cuda)},
         "ranks": describe(here),
         "options": options.as_json(),
     }
@@ -342,5 +345,9 @@ def finish(rows: Sequence[Row], record: dict[str, Any], folder: Path, record_pat
     print(f"saved in {folder}: {names}", file=sys.stderr)
 
 
-def _nccl(is_cuda: bool) -> str | None:
-    return ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None
+def _nccl(is_cuda: bool) -> dict[str, Any]:
+    """Its version, and what the environment tells it otherwise than it would choose."""
+    if not is_cuda:
+        return {"nccl": None}
+    told = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
+    return {"nccl": ".".join(map(str, torch.cuda.nccl.version())), "nccl_settings": told}
