@@ -307,3 +307,14 @@ def test_worker_refuses_a_request_and_lives_on():
         with pytest.raises(WorkerRefusedError, match="device must be"):
             process.request({"command": "probe", "device": "nonsense", "dtypes": []}, timeout=120)
         assert process.request({"command": "probe", "device": "cpu", "dtypes": []}, timeout=120)["device"] == "cpu"
+
+
+def test_an_interrupt_in_the_middle_of_a_look_at_a_worker_does_not_keep_it_from_ending():
+    """Python's `Popen.poll` then leaves a lock taken that a wait without a limit waits for."""
+    process = Worker()
+    assert process.alive
+    assert process._process._waitpid_lock.acquire(blocking=False)  # type: ignore[attr-defined]
+    process.close()
+    assert not process.alive
+    with pytest.raises(ProcessLookupError):
+        os.kill(process._process.pid, 0)

@@ -11,6 +11,7 @@ import pytest
 
 import mlakit
 from mlakit.bench.results import Record
+from mlakit.cli.compare_run import with_batches
 from mlakit.cli.main import main
 from mlakit.report import compare_rounds
 from mlakit.report.compare_worktree import checked_out
@@ -140,9 +141,16 @@ def test_ctrl_c_and_kill_leave_the_rows_that_are_done(repository, tmp_path, numb
     process.send_signal(number)
     out, err = process.communicate()
     assert process.returncode == 130, err
-    assert "interrupted with 1 of 2 rows compared" in err
+    assert "interrupted with 1 of 2 rows compared; for the others: mlakit compare --worktree 'HEAD~1'" in err
+    assert "--rounds 6 --batch-specs q65\n" in err
     assert "1 pair: 1 slower" in out
     assert left_behind(repository) == []
+
+
+def test_the_command_for_what_is_left():
+    for given in (["--batch-specs", "q1s9", "q8", "--rounds", "6"], ["--batch-specs=q8", "--rounds", "6"]):
+        found = with_batches(["mlakit", "compare", "--worktree", "main", *given], ["q8", "q9"])
+        assert found == ["mlakit", "compare", "--worktree", "main", "--rounds", "6", "--batch-specs", "q8", "q9"]
 
 
 def test_without_a_checkout(repository, tmp_path, monkeypatch, capsys):

@@ -107,11 +107,21 @@ class Worker:
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._reap()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             with contextlib.suppress(BrokenPipeError):  # what could not be written to a process that is gone
                 if stream is not None:
                     stream.close()
+
+    def _reap(self) -> None:
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            # A Ctrl-C in the middle of `poll` leaves the lock taken for which `wait` without a limit would wait for
+            # ever: one in 50 that came just after a row.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._process.pid, 0)
+            self._process.returncode = -signal.SIGKILL
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -1,6 +1,7 @@
 """What `mlakit compare` does once its flags are read."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -94,9 +95,10 @@ def of_revisions(args: argparse.Namespace, flags: dict[str, Any], command: Seque
             interrupted = True
     if interrupted:
         done = len(records[0].rows)
+        left = list(dict.fromkeys(row.batch_spec for row in plan.rows[done:]))
         print(
-            f"mlakit: interrupted with {done} of {len(plan.rows)} rows compared; for the others, run it again with "
-            f"their batches alone",
+            f"mlakit: interrupted with {done} of {len(plan.rows)} rows compared; for the others: "
+            f"{shlex.join(with_batches(full_command, left))}",
             file=sys.stderr,
         )
         if not done:
@@ -124,6 +126,18 @@ def _show(comparison: Comparison, options: _Options) -> int:
     for line in found:
         print(f"mlakit: regression: {line}", file=sys.stderr)
     return exit_codes.FAILED if found else exit_codes.DONE
+
+
+def with_batches(command: Sequence[str], specs: Sequence[str]) -> list[str]:
+    """A command with other batches in the place of its own."""
+    kept: list[str] = []
+    skipping = False
+    for word in command:
+        if word.startswith("-"):
+            skipping = word.partition("=")[0] == "--batch-specs"
+        if not skipping:
+            kept.append(word)
+    return [*kept, "--batch-specs", *specs]
 
 
 def parse_percent(flag: str, text: str) -> float:

@@ -3,12 +3,14 @@ before.
 """
 
 import contextlib
+import fcntl
 import importlib
 import os
 import shutil
 import socket
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlakit.bench.process import DeviceError
@@ -41,7 +43,7 @@ class Connection:
 
     def __init__(self, address: str | None = None) -> None:
         self.ray = load_ray()
-        self._folder: str | None = None
+        self._folder: Folder | None = None
         self._joined = bool(self.ray.is_initialized())  # whoever initialized Ray shuts it down
         if not self._joined:
             self._connect(address)
@@ -70,7 +72,7 @@ class Connection:
         if not self._joined:
             self.ray.shutdown()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def _connect(self, address: str | None) -> None:
         _check(address)
@@ -89,11 +91,11 @@ class Connection:
             self._join(address)
             return
         # A short path, as a Unix socket's holds 107 characters, and of our own, as /tmp/ray may be another user's.
-        self._folder = tempfile.mkdtemp(prefix="mlakit-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        self._folder = Folder("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
         try:
-            self._init(address="local", object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=self._folder)
+            self._init(address="local", object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=self._folder.path)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             raise
 
     def _join(self, address: str) -> None:
@@ -110,6 +112,29 @@ class Connection:
             raise DeviceError(f"Ray cannot be used: {' '.join(str(error).split())}") from error
 
 
+class Folder:
+    """A temporary folder for a cluster of this machine alone. Those that killed processes left behind go first."""
+
+    def __init__(self, parent: str) -> None:
+        for left in Path(parent).glob(f"{_PREFIX}*/{_LOCK}"):
+            with contextlib.suppress(OSError), left.open() as lock:  # another user's, or gone meanwhile
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent, ignore_errors=True)
+        self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+        # Held until this process ends, however it does. It gets its name when it is held: who finds the name and can
+        # take the lock has found a folder that nobody needs.
+        new = Path(self.path, f"{_LOCK}.new")
+        self._lock = new.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        new.rename(new.with_name(_LOCK))
+
+    def remove(self) -> None:
+        """Remove it with all that Ray put there."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+_PREFIX, _LOCK = "mlakit-ray-", "in-use"
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 
 
