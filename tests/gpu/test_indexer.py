@@ -212,6 +212,15 @@ def test_selection_of_many_rows(config):
     assert torch.equal(out, again)
 
 
+# DeepSeek's k and page; rows that are not next to one another, dead table slots, a page size that is no power of two.
+def test_slots_are_those_of_pytorch():
+    table = torch.randint(0, 10_000, (300, 500), device="cuda", dtype=torch.int32)
+    indices = torch.randint(-1, 500 * 48, (300, 2048), device="cuda", dtype=torch.int32)
+    table[:, 400:] = -(2**30)
+    for some, page_size in ((indices.clamp(max=400 * 48 - 1), 48), (indices[:, 7:1500].clamp(max=400 * 16 - 1), 16)):
+        assert torch.equal(slots_of(some, table, page_size).cpu(), slots_of(some.cpu(), table.cpu(), page_size))
+
+
 def test_under_a_cuda_graph_with_changing_lengths():
     arguments = _paged([700, 1300, 3000], 64, 2)
     lens = arguments[-1]

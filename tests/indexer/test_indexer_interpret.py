@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mlakit.indexer import indexer_logits, indexer_logits_paged, ops, pack_index_cache, select_topk
+from mlakit.indexer import indexer_logits, indexer_logits_paged, ops, pack_index_cache, select_topk, slots_of
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.reference import (
     indexer_logits_paged_reference,
@@ -9,6 +9,7 @@ from mlakit.indexer.reference import (
     select_topk_reference,
 )
 from mlakit.indexer.triton_logits import launch_indexer_logits
+from mlakit.indexer.triton_slots import launch_slots_of
 from mlakit.indexer.triton_topk import launch_select_topk
 from mlakit.testing import poison_, random_page_table
 
@@ -150,6 +151,17 @@ def test_selection_of_rows_of_any_length():
     assert torch.equal(out, select_topk_reference(logits, 20, lengths))
     rows_apart = logits[::2, 3:90]
     assert torch.equal(select_topk(rows_apart, 20, impl="triton"), select_topk_reference(rows_apart, 20))
+
+
+# More columns than a program takes; rows that are not next to one another; no columns at all.
+def test_slots():
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randperm(300, generator=generator).int().view(3, 100)
+    indices = torch.randint(-1, 700, (3, 1030), generator=generator, dtype=torch.int32)
+    for some, page_size in ((indices, 7), (indices[:, 5:50], 16), (indices[:, :0], 64)):
+        out = torch.full(some.shape, -7, dtype=torch.int32)
+        launch_slots_of(some, table, page_size, out)
+        assert torch.equal(out, slots_of(some, table, page_size))
 
 
 def test_operators_keep_their_schemas():

@@ -7,6 +7,7 @@ codes stay aligned to their own size, which they would not if each were followed
 
 import torch
 
+from mlakit.dispatch import check_dtype, check_shape, unobserved, why_not_triton
 from mlakit.quant import act_quant
 
 SCALE_BYTES = 4
@@ -60,7 +61,21 @@ def slots_of(indices: torch.Tensor, block_table: torch.Tensor, page_size: int) -
         page_size: tokens a page.
 
     Returns:
-        [rows, k] int32.
+        [rows, k] int32, contiguous.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
     """
+    check_shape("indices", indices, ("rows", "k"))
+    check_shape("block_table", block_table, (indices.shape[0], "blocks"))
+    for name, tensor in (("indices", indices), ("block_table", block_table)):
+        check_dtype(name, tensor, torch.int32)
+    on_gpu = indices.is_cuda and block_table.is_cuda and indices.stride(1) == block_table.stride(1) == 1
+    if on_gpu and unobserved(indices, block_table) and why_not_triton(str(indices.device)) is None:
+        from mlakit.indexer.triton_slots import launch_slots_of
+
+        out = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
+        launch_slots_of(indices, block_table, page_size, out)
+        return out
     page = torch.gather(block_table, 1, (indices.clamp(min=0) // page_size).long())
     return torch.where(indices >= 0, page * page_size + indices % page_size, -1).to(torch.int32)
