@@ -117,6 +117,14 @@ def test_jobs_and_columns_that_look_alike_are_told_apart():
     assert table(markdown_report([record(*rows)]))[0] == ["µs", "a, num_splits 1", "a, num_splits 4"]
 
 
+def test_rows_of_two_gpus_of_a_cluster_are_not_compared():
+    rows = [row("a", 1e-5, place="GPU-1"), row("b", 2e-5, place="GPU-1"), row("b", 1.9e-5, place="GPU-2")]
+    assert table(markdown_report([record(*rows)])) == [
+        ["µs", "a", "b"], ["on GPU-1", "**10.0**", "20.0"], ["on GPU-2", "", "19.0"],
+    ]  # fmt: skip
+    assert table(markdown_report([record(*rows[:2], row("b", 3e-5, "q2k", place="GPU-2"))]))[1][0] == "8q1s1k"
+
+
 def test_filters():
     rows = [row("a", 1e-5, f"{n}q1", sizes={"dtype": dtype}) for n, dtype in ((1, "bf16"), (2, "bf16"), (3, "fp8"))]
     rows.append(row("a", 1e-5, "1q1", operation="prefill"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlakit.bench.results import GpuState, Session
+from mlakit.bench.results import GpuState, Place, Session
 from mlakit.bench.units import three
 from mlakit.report.circumstances import brief, environments, warnings
 from mlakit.report.grid import TableOptions
@@ -44,6 +44,23 @@ def test_a_job_of_the_committed_records_has_one_title_and_each_of_its_rows_one_n
     assert len(set(names)) == len(names)
     first = [name for name in data["operations"] if name in ("attention", "mla_decode", "mla_prefill", "concat_k")]
     assert first == ["attention", "mla_decode", "mla_prefill", "concat_k"]  # not by the names of the files
+
+
+def test_rows_of_two_gpus_of_a_cluster_are_two_jobs(make_record):
+    places = [Place(node="n", gpu=f"GPU-{number}") for number in (1, 1, 2)]
+    rows = [bench_row(name).model_copy(update={"place": place}) for name, place in zip("aba", places, strict=True)]
+    data = page_data([make_record(*rows)])
+    assert [job["title"] for job in data["jobs"]] == ["8q1s1k · GPU-1", "8q1s1k · GPU-2"]
+    assert [(row["job"], row["backend"]) for row in data["rows"]] == [(0, "a"), (0, "b"), (1, "a")]
+
+
+def test_rows_that_are_no_jobs_are_mentioned():
+    record = load_record(RESULTS / "layer.json")
+    assert record.left_out
+    (name,) = record.left_out
+    assert f"layer: {record.left_out[name]} rows of layer_kernels, the kernels inside calls, are not shown" in "".join(
+        warnings([record])
+    )
 
 
 def test_baseline_and_rows_must_be_there(make_record):
