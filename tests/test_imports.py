@@ -13,7 +13,18 @@ OPERATIONS = {"decode", "prefill", "sparse", "indexer", "concat", "cache", "quan
 
 # A layer may import from the layers below it, and from itself.
 LAYERS = [
-    {"dims", "hardware", "testing", "dispatch", "hopper_compile", "hopper_counters", "triton_e4m3", "triton_launch"},
+    {
+        "dims",
+        "hardware",
+        "testing",
+        "dispatch",
+        "hopper_compile",
+        "hopper_counters",
+        "hopper_descriptors",
+        "hopper_linear",
+        "triton_e4m3",
+        "triton_launch",
+    },
     OPERATIONS,
     {"nn", "compat"},
     {"backends"},

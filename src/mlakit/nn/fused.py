@@ -6,6 +6,7 @@ import torch
 
 from mlakit.cache import append_latent
 from mlakit.merge import merge_states
+from mlakit.nn import hopper_step
 from mlakit.nn.branch import Branch
 from mlakit.nn.caches import LatentCache, join_key
 from mlakit.nn.flash import attend_in_parts, batched_attention, has_kernel, refuse_mask
@@ -25,19 +26,33 @@ MQA_TOKENS = 128
 CONTEXT_TOKENS = 8192
 
 
-def attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
-    """[bsz, seqlen, dim] to heads' outputs side by side, [bsz, seqlen, n_heads * v_head_dim]."""
+def forward(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
+    """[bsz, seqlen, dim] to the same."""
     refuse_mask(layer.attn_impl, step)
+    if hopper_step.suits(layer, x, step) and _absorbs(step) and not wants_grad(x, *layer.parameters()):
+        return _step_on_hopper(layer, x, step)
+    return layer.wo(_attend(layer, x, step))
+
+
+def _absorbs(step: Step) -> bool:
+    """Whether new tokens attend in MQA mode, where no gradient is wanted.
+
+    Keys and values can be expanded from tokens that are here; those of a cache in pieces are attended to where they
+    lie.
+    """
+    few = step.seqlen <= MQA_TOKENS or (isinstance(step.cache, LatentCache) and not step.cache.is_whole)
+    return not isinstance(step.start, int) or (not step.begins and few)
+
+
+def _attend(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
+    """[bsz, seqlen, dim] to heads' outputs side by side, [bsz, seqlen, n_heads * v_head_dim]."""
     branch = Branch(x.device)  # the query's two projections take longer than all that the cache needs
     with branch.inside():
         kv = layer.wkv_a(x)
         if step.cache is not None:
             _append(layer, kv.detach(), step)
     q = layer.query(x)
-    # Keys and values can be expanded from tokens that are here; those of a cache in pieces are attended to where they
-    # lie.
-    few = step.seqlen <= MQA_TOKENS or (isinstance(step.cache, LatentCache) and not step.cache.is_whole)
-    if not isinstance(step.start, int) or (not step.begins and few and not wants_grad(q, kv)):
+    if not isinstance(step.start, int) or (_absorbs(step) and not wants_grad(q, kv)):
         return _attend_in_mqa_mode(layer, q, step, branch).flatten(2)
     branch.join()
     return _attend_in_mha_mode(layer, q, kv, step).flatten(2)
@@ -88,13 +103,53 @@ def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step
     _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
     branch.join()
 
-    if cache.is_fp8:
-        out = _attend_to_fp8_cache(absorbed, cache, step, seq_lens, layer.softmax_scale)
-    else:
-        out = cache.attend(absorbed, seq_lens, softmax_scale=layer.softmax_scale, causal=step.causal)
+    out = _attend_to_latent(absorbed, cache, step, seq_lens, layer.softmax_scale)
     result = q.new_empty(tokens, heads, args.v_head_dim)
     _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
     return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
+
+
+def _step_on_hopper(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
+    """The same, and the output's projection, by kernels that load their weights while the one before still runs."""
+    from mlakit.hopper_linear import launch_by_head, launch_linear
+    from mlakit.nn.hopper_query import launch_query
+
+    cache, args = step.cache, layer.args
+    assert isinstance(cache, LatentCache)
+    bsz, seqlen, heads = step.bsz, step.seqlen, args.n_heads
+    tokens = bsz * seqlen
+    rows = x.contiguous().view(tokens, args.dim)
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    low, kv = x.new_empty(tokens, args.q_lora_rank), x.new_empty(tokens, args.latent_dim)
+    launch_linear(rows, (layer.wq_a.weight, layer.wkv_a.weight), (low, kv))
+    branch = Branch(x.device)
+    with branch.inside():
+        _append(layer, kv.unflatten(0, (bsz, seqlen)), step)
+        seq_lens = step.seq_lens(x.device)
+    up_k, up_v = layer.up_projections(x.dtype)
+    absorbed = x.new_empty(tokens, heads, args.latent_dim)
+    positions = None if step.positions is None else step.positions.flatten()
+    launch_query(
+        low, layer.q_norm.weight, layer.wq_b.weight, up_k, step.cos, step.sin, positions, absorbed, q_len=seqlen,
+        eps=args.eps,
+    )  # fmt: skip
+    branch.join()
+    latent = _attend_to_latent(absorbed.unflatten(0, (bsz, seqlen)), cache, step, seq_lens, layer.softmax_scale)
+    values = x.new_empty(tokens, heads, args.v_head_dim)
+    launch_by_head(latent.flatten(0, 1), up_v, values, overlap=True)
+    out = x.new_empty(tokens, args.dim)
+    launch_linear(values.flatten(1), (layer.wo.weight,), (out,), overlap=True)
+    return out.view(bsz, seqlen, args.dim)
+
+
+def _attend_to_latent(
+    q: torch.Tensor, cache: LatentCache, step: Step, seq_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Absorbed queries [bsz, seqlen, heads, latent_dim] to weighted latents [bsz, seqlen, heads, rank]."""
+    if cache.is_fp8:
+        return _attend_to_fp8_cache(q, cache, step, seq_lens, scale)
+    return cache.attend(q, seq_lens, softmax_scale=scale, causal=step.causal)
 
 
 def _attend_to_fp8_cache(

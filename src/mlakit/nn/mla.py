@@ -14,12 +14,7 @@ from mlakit.nn.project import wants_grad
 from mlakit.nn.rope import precompute_freqs_cis
 from mlakit.nn.step import Mask, Step, positions_from, resolve_mask, rope_rows
 
-_ATTEND = {
-    "naive": naive.attend,
-    "absorb": absorb.attend,
-    "naive+flash": flash.attend,
-    "fused": fused.attend,
-}
+_ATTEND = {"naive": naive.attend, "absorb": absorb.attend, "naive+flash": flash.attend}
 
 
 class MultiheadLatentAttention(nn.Module):
@@ -49,7 +44,7 @@ class MultiheadLatentAttention(nn.Module):
         super().__init__()
         self.args = args
         self.attn_impl = args.attn_impl if attn_impl is None else attn_impl
-        if self.attn_impl not in _ATTEND:
+        if self.attn_impl not in ATTN_IMPLS:
             raise ValueError(f"unknown attn_impl {self.attn_impl!r}; {nearest(str(self.attn_impl), ATTN_IMPLS)}")
         self.softmax_scale = args.softmax_scale
         heads, rank = args.n_heads, args.kv_lora_rank
@@ -102,6 +97,8 @@ class MultiheadLatentAttention(nn.Module):
             ValueError: a wrong shape, dtype, device, mask or cache, or more tokens than the cache has room for.
         """
         step = self._step(x, start_pos, freqs_cis, mask, cache)
+        if self.attn_impl == "fused":
+            return fused.forward(self, x, step)
         return self.wo(_ATTEND[self.attn_impl](self, x, step))
 
     def precompute_freqs_cis(self, args: Args | None = None) -> torch.Tensor:

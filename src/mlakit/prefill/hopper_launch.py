@@ -1,18 +1,14 @@
 """Launching the Hopper kernel of `mla_prefill`."""
 
-from functools import lru_cache
-
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlakit.hardware import device_info
+from mlakit.hopper_descriptors import descriptor_of_heads
 from mlakit.prefill.hopper_config import BLOCK_M, HopperConfig, hopper_config, key_parts
 from mlakit.prefill.hopper_forward import _prefill_hopper_kernel
 from mlakit.prefill.triton_tiles import heads_in_l2
 from mlakit.triton_launch import Launches
 
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _LAUNCHES = Launches(_prefill_hopper_kernel)
 
 
@@ -41,11 +37,11 @@ def _launch_hopper(
     rest = k if k_pe is None else k_pe
     n, v_dim = config.block_n, v.shape[2]
     tensors = (
-        _descriptor_of(q, 64, dim0),
-        _descriptor_of(q, 64, dim1 or 64),
-        _descriptor_of(k, n, dim0),
-        _descriptor_of(rest, n, dim1 or 64),
-        _descriptor_of(v, n, v_dim),
+        descriptor_of_heads(q, 64, dim0),
+        descriptor_of_heads(q, 64, dim1 or 64),
+        descriptor_of_heads(k, n, dim0),
+        descriptor_of_heads(rest, n, dim1 or 64),
+        descriptor_of_heads(v, n, v_dim),
         out,
         lse,
         cu_seqlens_q,
@@ -106,46 +102,6 @@ def _launch_hopper(
         ),
         constants,
     )
-
-
-class _Address:
-    """What a descriptor needs of a tensor. A descriptor that is kept must not keep the tensor."""
-
-    __slots__ = ("dtype", "pointer")
-
-    def __init__(self, pointer: int, dtype: torch.dtype) -> None:
-        self.pointer = pointer
-        self.dtype = dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-
-class _Descriptor(TensorDescriptor):
-    """A descriptor that `Launches` takes for a tensor; its address is never anything but a multiple of 16."""
-
-    def data_ptr(self) -> int:
-        return 0
-
-
-def _descriptor_of(x: torch.Tensor, rows: int, cols: int) -> _Descriptor:
-    """Bulk loads of [rows, cols] from a tensor [any, heads, any].
-
-    Heads lie along the columns, whatever their stride: head h starts at column h * stride(1).
-    """
-    length, heads, dim = x.shape
-    row, head, _ = x.stride()
-    width = (heads - 1) * head + dim
-    if length == 1:  # its stride may be anything then
-        row = -(-width // 8) * 8
-    return _make_descriptor(x.data_ptr(), x.dtype, length, width, row, rows, cols)
-
-
-@lru_cache(4096)  # making one anew takes the host longer than finding it
-def _make_descriptor(
-    pointer: int, dtype: torch.dtype, length: int, width: int, stride: int, rows: int, cols: int
-) -> _Descriptor:
-    return _Descriptor(_Address(pointer, dtype), [length, width], [stride, 1], [rows, cols], _LAYOUT)
 
 
 class _Tickets:

@@ -1,0 +1,364 @@
+"""Products of few rows with a large weight on Hopper, at the speed of the memory that the weight lies in.
+
+A warpgroup's matrix instruction has 64 rows: those of the weight are taken for them, out^T = w x^T, and the few rows of
+x are columns of the product, none of them padded beyond 16 or 32. Programs share the weight's tiles out evenly, a tile
+in parts where need be; who finishes a tile last adds up its parts, always in the same order.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlakit.hardware import device_info
+from mlakit.hopper_counters import barrier, counters
+from mlakit.hopper_descriptors import descriptor_of_rows
+from mlakit.triton_launch import Launches
+
+MOST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How a product is launched.
+
+    Attributes:
+        block_n: rows of the weight in a tile.
+        block_k: columns of a step.
+        stages: steps that are under way at once.
+        programs: among which the tiles are shared out.
+    """
+
+    block_n: int
+    block_k: int
+    stages: int
+    programs: int
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    """Wait until the kernel before this one on the stream is done, where this one may begin earlier (`overlap`)."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_kernel_begin():
+    """A kernel launched with `overlap` after this one may begin where there is room, and load what it can."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _is_last(counter_ptr, count):
+    """True in the program that is the last of `count` to get here; what the others have written can then be read."""
+    barrier()
+    before = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    barrier()
+    return (before & 65535) == count - 1
+
+
+@gluon.jit
+def _load_w(
+    w0_desc, w1_desc, w_s, full, unit, slot, wanted, tiles0, steps, w_step, BN: gl.constexpr, BK: gl.constexpr,
+    BYTES: gl.constexpr, TWO: gl.constexpr,
+):  # fmt: skip
+    tile = unit // steps
+    col = unit % steps * BK
+    bar = full.index(slot)
+    mbarrier.expect(bar, BYTES, pred=wanted)
+    if TWO:
+        first = tile < tiles0
+        tma.async_copy_global_to_shared(w0_desc, [tile * BN, col], bar, w_s.index(slot), pred=wanted & first)
+        row1 = (tile - tiles0) * BN
+        tma.async_copy_global_to_shared(w1_desc, [row1, col], bar, w_s.index(slot), pred=wanted & (tile >= tiles0))
+    else:
+        tma.async_copy_global_to_shared(w0_desc, [tile * w_step, col], bar, w_s.index(slot), pred=wanted)
+
+
+@gluon.jit
+def _load_x(x_desc, x_s, full, unit, slot, wanted, steps, x_step, BK: gl.constexpr):
+    col = unit % steps * BK + unit // steps * x_step
+    tma.async_copy_global_to_shared(x_desc, [0, col], full.index(slot), x_s.index(slot), pred=wanted)
+
+
+@gluon.jit
+def store_columns(acc, out_ptr, first, rows, columns, stride_om):
+    """Write acc [BN, BM], a column a row of x, to columns `first` and on of out [rows, columns]."""
+    wide: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    value = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), wide)
+    n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, wide))
+    m = gl.arange(0, acc.shape[1], gl.SliceLayout(0, wide))
+    gl.store(out_ptr + m[None, :] * stride_om + n[:, None], value, mask=(m < rows)[None, :] & (n < columns)[:, None])
+
+
+@gluon.jit
+def _store(
+    acc, out0_ptr, out1_ptr, tile, tiles0, rows, n0, n1, stride_o0, stride_o1, BN: gl.constexpr, TWO: gl.constexpr
+):  # fmt: skip
+    if TWO:
+        if tile < tiles0:
+            store_columns(acc, out0_ptr, tile * BN, rows, n0, stride_o0)
+        else:
+            store_columns(acc, out1_ptr, (tile - tiles0) * BN, rows, n1, stride_o1)
+    else:
+        store_columns(acc, out0_ptr, tile * BN, rows, n0, stride_o0)
+
+
+@gluon.jit
+def _add_parts(
+    partial_ptr, low, high, first, units, programs, BN: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """A tile's parts, those of programs `low` to `high`. All loads are under way at once: one after the other they took
+    1.7 us each.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([PARTS, 1, 4], [1, 4, 8], [1, 4, 1], [2, 1, 0])
+    part = low + gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    n = gl.arange(0, BN, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    program = gl.minimum(part, high)
+    place = 2 * program + gl.where(program * units // programs < first, 1, 0)
+    at = (place * (BN * BM))[:, None, None] + (n * BM)[None, :, None] + m[None, None, :]
+    some = gl.load(partial_ptr + at, cache_modifier=".cg")
+    return gl.convert_layout(gl.sum(gl.where((part <= high)[:, None, None], some, 0.0), 0), PRODUCT)
+
+
+@gluon.jit(do_not_specialize=["rows", "n0", "n1", "tiles0", "tiles", "steps", "w_step", "x_step"])
+def _linear_kernel(
+    x_desc, w0_desc, w1_desc, x_scales_ptr, scales0_ptr, scales1_ptr, out0_ptr, out1_ptr, partial_ptr, counter_ptr,
+    rows, n0, n1, tiles0, tiles, steps, w_step, x_step, stride_o0, stride_o1, BN: gl.constexpr, BM: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr, PARTS: gl.constexpr, OVERLAP: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = x_desc.dtype
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    BYTES: gl.constexpr = (BN + BM) * BK * BITS // 8
+    matrix: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=2)
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 256 // BITS])
+    w_s = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BK], matrix)
+    x_s = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], matrix)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    barrier()
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    units = tiles * steps
+    begin = program * units // programs
+    end = (program + 1) * units // programs
+    for i in gl.static_range(STAGES):
+        unit = begin + i
+        _load_w(w0_desc, w1_desc, w_s, full, unit, i, unit < end, tiles0, steps, w_step, BN, BK, BYTES, TWO)
+    let_next_kernel_begin()
+    if OVERLAP:
+        wait_for_kernel_before()
+    for i in gl.static_range(STAGES):
+        _load_x(x_desc, x_s, full, begin + i, i, begin + i < end, steps, x_step, BK)
+    m = gl.arange(0, BM, gl.SliceLayout(0, product))
+    n = gl.arange(0, BN, gl.SliceLayout(1, product))
+    if BITS == 8:
+        x_scale_ptrs = x_scales_ptr + gl.minimum(m, rows - 1) * steps
+        next_scale = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, begin, tiles0, steps, BN, TWO)
+    at = begin
+    while at < end:
+        tile = at // steps
+        first = tile * steps
+        stop = gl.minimum(first + steps, end)
+        acc = gl.zeros([BN, BM], gl.float32, product)
+        for unit in range(at, stop):
+            slot = (unit - begin) % STAGES
+            if BITS == 8:
+                scale = next_scale
+                following = gl.minimum(unit + 1, end - 1)
+                next_scale = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, following, tiles0, steps, BN, TWO)
+            mbarrier.wait(full.index(slot), (unit - begin) // STAGES & 1)
+            if BITS == 8:
+                # A sum of 128 products, as long as the scales hold, then into the sum of float32.
+                one = gl.zeros([BN, BM], gl.float32, product)
+                one = warpgroup_mma(w_s.index(slot), x_s.index(slot).permute((1, 0)), one, use_acc=False, is_async=True)
+                one = warpgroup_mma_wait(0, [one])
+            else:
+                acc = warpgroup_mma(w_s.index(slot), x_s.index(slot).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, [acc])
+            barrier()
+            more = unit + STAGES
+            _load_w(w0_desc, w1_desc, w_s, full, more, slot, more < end, tiles0, steps, w_step, BN, BK, BYTES, TWO)
+            _load_x(x_desc, x_s, full, more, slot, more < end, steps, x_step, BK)
+            if BITS == 8:
+                acc += one * scale[None, :]
+        if (stop == first + steps) & (at == first):
+            _store(acc, out0_ptr, out1_ptr, tile, tiles0, rows, n0, n1, stride_o0, stride_o1, BN, TWO)
+        elif PARTS > 1:
+            place = 2 * program + gl.where(at == begin, 0, 1)
+            gl.store(partial_ptr + place * (BN * BM) + (n[:, None] * BM + m[None, :]), acc)
+            # Unit u belongs to program ((u + 1) * programs - 1) // units.
+            low = ((first + 1) * programs - 1) // units
+            high = ((first + steps) * programs - 1) // units
+            if _is_last(counter_ptr + tile, high - low + 1):
+                gl.store(counter_ptr + tile, 0)
+                acc = _add_parts(partial_ptr, low, high, first, units, programs, BN, BM, PARTS, product)
+                _store(acc, out0_ptr, out1_ptr, tile, tiles0, rows, n0, n1, stride_o0, stride_o1, BN, TWO)
+        at = stop
+
+
+@gluon.jit
+def _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, unit, tiles0, steps, BN: gl.constexpr, TWO: gl.constexpr):
+    """The scales of a unit's block, each x's times w's."""
+    tile = unit // steps
+    step = unit % steps
+    ptr = scales0_ptr + tile * BN // 128 * steps
+    if TWO:
+        ptr = gl.where(tile < tiles0, ptr, scales1_ptr + (tile - tiles0) * BN // 128 * steps)
+    return gl.load(x_scale_ptrs + step) * gl.load(ptr + step)
+
+
+_LAUNCHES = Launches(_linear_kernel)
+
+
+def why_not_linear(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    """Why the kernel cannot multiply x [rows, k] with these weights [n, k], None if it can. The device is not looked
+    at.
+    """
+    rows, k = x.shape
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        return f"needs bfloat16, float16 or float8_e4m3fn, got {x.dtype}"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"needs 1 to {MOST_ROWS} rows, got {rows}"
+    for tensor in (x, *weights):
+        stride = tensor.stride(0) * tensor.element_size()
+        if tensor.dtype != x.dtype or tensor.stride(1) != 1 or stride % 16 or tensor.data_ptr() % 16:
+            return (
+                f"needs rows of {x.dtype} that begin at multiples of 16 bytes, got {tensor.dtype} with strides "
+                f"{list(tensor.stride())} from {tensor.data_ptr():#x}"
+            )
+    if sum(-(-weight.shape[0] // 64) for weight in weights) * -(-k // 64) >= 2**21:
+        return f"needs weights of fewer than 2**33 elements, got {[list(weight.shape) for weight in weights]}"
+    return None
+
+
+def linear_config(n: int, k: int, bits: int, units: int) -> LinearConfig:
+    """The launch for a weight [n, k] on a device of so many multiprocessors."""
+    return LinearConfig(64, 128, 8, units) if bits == 16 else LinearConfig(128, 128, 8, units)
+
+
+def launch_linear(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    outs: tuple[torch.Tensor, ...],
+    scales: tuple[torch.Tensor, ...] = (),
+    *,
+    overlap: bool = False,
+    config: LinearConfig | None = None,
+) -> None:
+    """Multiply x with the transpose of one or two weights, in one kernel.
+
+    Args:
+        x: [rows, k], bfloat16, float16 or float8_e4m3fn; `why_not_linear` says what else.
+        weights: one or two [n, k].
+        outs: as many [rows, n], stride 1 in the last dimension.
+        scales: for float8: x's [rows, ceil(k / 128)], contiguous, and each weight's [ceil(n / 128), ceil(k / 128)].
+        overlap: begin before the kernel before this one on the stream is done, and read weights meanwhile: neither
+            that one nor one that it overlaps with may write to them.
+        config: None takes `linear_config`'s.
+    """
+    w0, w1 = weights[0], weights[-1]
+    k, two = x.shape[1], len(weights) == 2
+    bits = x.element_size() * 8
+    if config is None:
+        config = linear_config(sum(w.shape[0] for w in weights), k, bits, device_info(x.device).units)
+    block_n = config.block_n
+    tiles0, tiles1 = (triton.cdiv(w.shape[0], block_n) for w in (w0, w1))
+    _launch(x, w0, w1, outs, scales, (w0.shape[0], w1.shape[0]), tiles0, tiles0 + (tiles1 if two else 0),
+            triton.cdiv(k, config.block_k), block_n, 0, overlap, config)  # fmt: skip
+
+
+def launch_by_head(
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, *, overlap: bool = False, config: LinearConfig | None = None
+) -> None:
+    """Each head of x [rows, heads, k] times its own weight, w [heads, 128, k], into out [rows, heads, 128].
+
+    x's rows and out's are contiguous; w's heads lie any whole number of its rows apart; k is a multiple of 128.
+    `overlap` as `launch_linear`'s.
+    """
+    _, heads, k = x.shape
+    n, step = w.shape[1], w.stride(0) // w.stride(1)
+    if config is None:
+        config = LinearConfig(128, 64, 5, heads)
+    flat = w.as_strided(((heads - 1) * step + n, k), (w.stride(1), 1))
+    out = out.flatten(1)
+    _launch(x.flatten(1), flat, flat, (out,), (), (heads * n, 0), heads, heads, k // config.block_k, step, k, overlap,
+            config)  # fmt: skip
+
+
+def _launch(
+    x: torch.Tensor,
+    w0: torch.Tensor,
+    w1: torch.Tensor,
+    outs: tuple[torch.Tensor, ...],
+    scales: tuple[torch.Tensor, ...],
+    columns: tuple[int, int],
+    tiles0: int,
+    tiles: int,
+    steps: int,
+    w_step: int,
+    x_step: int,
+    overlap: bool,
+    config: LinearConfig,
+) -> None:
+    rows, device = x.shape[0], x.device
+    block_m = 16 if rows <= 16 else 32
+    programs = min(config.programs, tiles * steps)
+    parts = _most_parts(tiles, steps, programs)
+    out0, out1 = outs[0], outs[-1]
+    partial = counter = out0  # never touched if no tile is in parts
+    if parts > 1:
+        partial = torch.empty(2 * programs * config.block_n * block_m, dtype=torch.float32, device=device)
+        counter = counters(device, tiles)
+    x_scales, scales0, scales1 = (scales[0], scales[1], scales[-1]) if scales else (out0, out0, out0)
+    tensors = (
+        descriptor_of_rows(x, block_m, config.block_k),
+        descriptor_of_rows(w0, config.block_n, config.block_k),
+        descriptor_of_rows(w1, config.block_n, config.block_k),
+        x_scales, scales0, scales1, out0, out1, partial, counter,
+    )  # fmt: skip
+    key = (
+        x.shape, x.dtype, w0.shape, w1.shape, columns, tiles, steps, w_step, x_step, out0.stride(0), out1.stride(0),
+        out0.dtype, len(outs), overlap, config,
+    )  # fmt: skip
+    if x.is_cuda and _LAUNCHES.again(key, device, tensors):
+        return
+    numbers = (rows, *columns, tiles0, tiles, steps, w_step, x_step, out0.stride(0), out1.stride(0))
+    constants = {
+        "BN": config.block_n,
+        "BM": block_m,
+        "BK": config.block_k,
+        "STAGES": config.stages,
+        "TWO": len(outs) == 2,
+        "PARTS": triton.next_power_of_2(parts),
+        "OVERLAP": overlap,
+        "num_warps": 4,
+    }
+    _LAUNCHES.first(key, device, (programs, 1, 1), tensors, numbers, constants, launch_pdl=overlap)
+
+
+def _most_parts(tiles: int, steps: int, programs: int) -> int:
+    """In how many parts the kernel's sharing out cuts a tile at most."""
+    units = tiles * steps
+    return max(
+        ((first + steps) * programs - 1) // units - ((first + 1) * programs - 1) // units + 1
+        for first in range(0, units, steps)
+    )

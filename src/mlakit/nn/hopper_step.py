@@ -1,0 +1,40 @@
+"""Which calls of a fused layer its Hopper kernels can run."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlakit.hardware import capability
+from mlakit.nn.caches import LatentCache
+from mlakit.nn.step import Step
+
+if TYPE_CHECKING:
+    from mlakit.nn.mla import MultiheadLatentAttention
+
+# With fewer heads too few multiprocessors would have a head's query to make.
+LEAST_HEADS = 96
+MOST_TOKENS = 32
+
+
+def suits(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> bool:
+    """Whether the kernels can run a call that attends in MQA mode and wants no gradient."""
+    args = layer.args
+    return (
+        x.is_cuda
+        and x.shape[0] * x.shape[1] <= MOST_TOKENS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not layer.wkv_a.is_fp8
+        and (args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim, args.kv_lora_rank) == (128, 64, 128, 512)
+        and args.n_heads >= LEAST_HEADS
+        and args.dim % 64 == 0
+        and args.q_lora_rank >= 384
+        and args.q_lora_rank % 64 == 0
+        and type(step.cache) is LatentCache
+        and (step.cos.dtype, step.cos.stride(1)) == (torch.float32, 2)  # of a complex table
+        and not torch.compiler.is_compiling()
+        and capability(str(x.device)) == (9, 0)
+        and all(
+            linear.weight.is_contiguous() and linear.weight.data_ptr() % 16 == 0
+            for linear in (layer.wq_a, layer.wq_b, layer.wkv_a, layer.wkv_b, layer.wo)
+        )
+    )
