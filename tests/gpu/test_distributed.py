@@ -17,10 +17,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_agree_with_one(ranks, tmp_path):
-    if ranks > FOUND:
-        pytest.skip(f"left out: needs {ranks} GPUs, PyTorch sees {FOUND}")
+def test_ranks_agree_with_one(tmp_path):
+    ranks = 4 if FOUND >= 4 else 2
     code = launch(cases.run_all, ranks, tmp_path, 100.0, timeout=20.0)
     print("\n".join(f"{path.name}: {path.read_text().split()}" for path in sorted(tmp_path.glob("done*"))))
     words = sorted((*tmp_path.glob("failed*"), *tmp_path.glob("stuck*")))
@@ -30,11 +28,10 @@ def test_ranks_agree_with_one(ranks, tmp_path):
     assert code == 0
 
 
-# The GPU of the one that is left waits for a small collective, or for results of an attention whose steps the host
-# enqueues or replays.
-@pytest.mark.parametrize("doing", ["collective", "decode", "graph"])
+# The GPU of the one that is left waits for the other's results, in steps that the host enqueues or replays.
+@pytest.mark.parametrize("doing", ["decode", "graph"])
 def test_a_dead_rank_ends_one_that_waits_for_its_gpu(doing, tmp_path):
-    timeout = 8.0
+    timeout = 6.0
     begin = time.monotonic()
     assert launch(cases.lose_a_rank, 2, 1, doing, tmp_path, timeout, timeout=2 * timeout) == LOST
     lines = (tmp_path / "words").read_text().splitlines()

@@ -57,8 +57,8 @@ def process_group(device: str = "auto", *, timeout: float = TIMEOUT, graphs_alon
         timeout: seconds without a sign of life from a rank, and the longest that a collective may take.
         graphs_alone: a promise for every communicator of this process: while a CUDA graph that holds collectives of it
             runs, no other such graph does that is not ordered behind it, and none of its collectives is launched
-            outside of a graph. NCCL then need not order the two, which costs each graph that has a collective several
-            microseconds (`NCCL_GRAPH_MIXING_SUPPORT=0`, which stays set; what the environment says goes first).
+            outside of a graph. NCCL then need not order the two, which costs every collective of a graph but the first
+            2 to 3 µs (`NCCL_GRAPH_MIXING_SUPPORT=0`, which stays set; what the environment says goes first).
 
     Raises:
         ValueError: the environment names half a group, or there is no GPU for this rank.
