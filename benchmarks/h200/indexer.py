@@ -20,12 +20,19 @@ from common import CUDA, Job, Tensors, parse_arguments, run
 
 from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cache, select_topk
 from mlakit.indexer.config import LogitsConfig, TopkConfig
+from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
+from mlakit.indexer.hopper_launch import (
+    launch_indexer_logits_hopper,
+    launch_indexer_logits_paged_hopper,
+    launch_select_topk_hopper,
+)
 from mlakit.indexer.reference import indexer_logits_paged_reference, indexer_logits_reference
 from mlakit.indexer.triton_logits import launch_indexer_logits, launch_indexer_logits_paged
 from mlakit.indexer.triton_topk import launch_select_topk
 from mlakit.testing import compare
 
 F8 = torch.float8_e4m3fn
+IMPLS = ("hopper", "triton")
 HEADS, DIM, PAGE, K = 64, 128, 64, 2048
 SHAPES = [(4096, 8192), (4096, 32768), (2048, 131072)]
 CAUSAL = [(4096, 4096), (4096, 32768)]  # the newest queries of so many keys
@@ -34,23 +41,25 @@ FEW_ROWS = [(64, 131072), (1, 131072)]
 CHECKED = 16
 
 LOGITS = [
-    *(LogitsConfig(2, 64, 4, 4, split, descriptors=True) for split in (4096, 16384)),
-    LogitsConfig(2, 64, 4, 3, 8192, descriptors=True),
+    *(HopperLogitsConfig(2, split, stages) for split, stages in [(2048, 4), (4096, 4), (8192, 4), (8192, 6)]),
+    LogitsConfig(2, 64, 4, 4, 4096, descriptors=True),
     LogitsConfig(2, 64, 4, 3, 8192),
-    LogitsConfig(2, 128, 4, 3, 8192, descriptors=True),
 ]
 PAGED = [
-    LogitsConfig(block_q, block_n, 4, 3, split)
-    for block_q, block_n in [(1, 128), (2, 64)]
-    for split in (256, 512, 1024, 2048)
+    *(HopperLogitsConfig(queries, split, 4) for queries in (1, 2) for split in (512, 1024, 2048, 4096)),
+    *(LogitsConfig(block_q, block_n, 4, 3, 512) for block_q, block_n in [(1, 128), (2, 64)]),
 ]
 TOPK = [
-    TopkConfig(capacity, sample, 1024, warps, programs, registers, prefetch)
-    for capacity, sample, warps, programs, registers, prefetch in [
-        (4096, 2048, 4, 4, 128, False), (4096, 2048, 4, 8, 64, False), (4096, 2048, 8, 2, 128, True),
-        (4096, 4096, 8, 2, 128, True), (4096, 8192, 8, 2, 128, False), (4096, 8192, 8, 3, 80, True),
-        (4096, 8192, 16, 1, 128, False), (8192, 4096, 16, 1, 128, True),
-    ]
+    *(HopperTopkConfig(512, held, 0) for held in (16, 32)),
+    *(
+        HopperTopkConfig(threads, held, sample, ahead, registers)
+        for threads, held, sample, ahead, registers in [
+            (512, 8, 2048, False, 40), (512, 8, 2048, True, 64), (512, 16, 4096, False, 64), (512, 8, 8192, False, 40),
+            (512, 8, 8192, True, 64), (1024, 4, 8192, False, 32), (1024, 8, 8192, True, 64),
+        ]
+    ),
+    TopkConfig(4096, 2048, 1024, 4, 4),
+    TopkConfig(4096, 8192, 1024, 8, 2),
 ]  # fmt: skip
 
 
@@ -86,9 +95,16 @@ def deep_gemm() -> Any:
         return None
 
 
-def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig) -> Tensors:
+def name_of(config: Any) -> str:
+    """A configuration's fields, by their first letters."""
+    kind = "hopper" if type(config).__name__.startswith("Hopper") else "triton"
+    return kind + "".join(f" {name[0]}{value}" for name, value in vars(config).items() if value is not None)
+
+
+def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig | HopperLogitsConfig) -> Tensors:
     out = torch.empty(arguments[0].shape[0], arguments[1].shape[0], device=CUDA)
-    launch_indexer_logits(*arguments, out, config)
+    hopper = isinstance(config, HopperLogitsConfig)
+    (launch_indexer_logits_hopper if hopper else launch_indexer_logits)(*arguments, out, config)
     return (out,)
 
 
@@ -114,7 +130,8 @@ def logits_jobs(tune: bool, peer: Any) -> Iterator[Job]:
                     indexer_logits_reference(*some, dtype=torch.bfloat16)),
             peer="deep_gemm",
         )  # fmt: skip
-        job.candidates.append(("triton", lambda a=arguments, b=limits: (indexer_logits(*a, *b),)))
+        for impl in IMPLS:
+            job.candidates.append((impl, lambda a=arguments, b=limits, i=impl: (indexer_logits(*a, *b, impl=i),)))
         if peer is not None:
             q, k, scales, weights = arguments
             call: Callable[[], Tensors] = lambda q=q, k=(k, scales), w=weights, s=start, e=end: (  # noqa: E731
@@ -122,16 +139,15 @@ def logits_jobs(tune: bool, peer: Any) -> Iterator[Job]:
             )
             job.candidates.append(("deep_gemm", call))
         for config in LOGITS if tune else ():
-            name = f"{config.block_q}x{config.block_n} w{config.num_warps} s{config.num_stages}"
-            name += (" tma" if config.descriptors else "") + (f" p{config.split}" if config.split < 1 << 20 else "")
-            job.candidates.append((name, partial(tuned_logits, (*arguments, *limits), config)))
+            job.candidates.append((name_of(config), partial(tuned_logits, (*arguments, *limits), config)))
         yield job
 
 
-def tuned_paged(arguments: tuple[Any, ...], columns: int, config: LogitsConfig) -> Tensors:
+def tuned_paged(arguments: tuple[Any, ...], columns: int, config: LogitsConfig | HopperLogitsConfig) -> Tensors:
     q = arguments[0]
     out = torch.empty(q.shape[0] * q.shape[1], columns, device=CUDA)
-    launch_indexer_logits_paged(*arguments, out, config)
+    hopper = isinstance(config, HopperLogitsConfig)
+    (launch_indexer_logits_paged_hopper if hopper else launch_indexer_logits_paged)(*arguments, out, config)
     return (out,)
 
 
@@ -170,18 +186,21 @@ def paged_jobs(tune: bool, peer: Any) -> Iterator[Job]:
             partial(wrong_logits, reference, eager),
             peer="deep_gemm",
         )
-        job.candidates.append(("triton", lambda a=arguments, n=keys: (indexer_logits_paged(*a, max_context_len=n),)))
+        for impl in IMPLS:
+            job.candidates.append(
+                (impl, lambda a=arguments, n=keys, i=impl: (indexer_logits_paged(*a, max_context_len=n, impl=i),))
+            )
         if peer is not None:
             job.candidates.append(("deep_gemm", partial(deep_gemm_paged, peer, arguments, keys)))
         for config in PAGED if tune else ():
-            name = f"{config.block_q}x{config.block_n} w{config.num_warps} s{config.num_stages} p{config.split}"
-            job.candidates.append((name, partial(tuned_paged, arguments, keys, config)))
+            job.candidates.append((name_of(config), partial(tuned_paged, arguments, keys, config)))
         yield job
 
 
-def tuned_topk(logits: torch.Tensor, config: TopkConfig) -> Tensors:
+def tuned_topk(logits: torch.Tensor, config: TopkConfig | HopperTopkConfig) -> Tensors:
     out = torch.empty(logits.shape[0], K, dtype=torch.int32, device=CUDA)
-    launch_select_topk(logits, K, None, out, config)
+    hopper = isinstance(config, HopperTopkConfig)
+    (launch_select_topk_hopper if hopper else launch_select_topk)(logits, K, None, out, config)
     return (out.view(torch.float32),)
 
 
@@ -204,14 +223,14 @@ def topk_jobs(tune: bool) -> Iterator[Job]:
             peer="torch.topk",
         )
         # Indices are seen as floats, so that the check can tell that they are written.
-        job.candidates.append(("triton", lambda x=logits: (select_topk(x, K).view(torch.float32),)))
-
+        for impl in IMPLS:
+            job.candidates.append((impl, lambda x=logits, i=impl: (select_topk(x, K, impl=i).view(torch.float32),)))
         for name, ordered in (("torch.topk", True), ("torch.topk unsorted", False)):
             job.candidates.append((name, partial(torch_topk, logits, ordered)))
         for config in TOPK if tune else ():
-            name = f"c{config.capacity} s{config.sample} w{config.num_warps} x{config.programs}"
-            name += f" r{config.max_registers}" + (" ahead" if config.prefetch else "")
-            job.candidates.append((name, partial(tuned_topk, logits, config)))
+            if config.sample == 0 and config.threads * config.held < columns:
+                continue
+            job.candidates.append((name_of(config), partial(tuned_topk, logits, config)))
         yield job
 
 

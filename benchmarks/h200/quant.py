@@ -141,9 +141,9 @@ def act_quant_jobs(tune: bool) -> Iterator[Job]:
             ("triton ue8m0", partial(act_quant, x, scale_fmt="ue8m0")),
         ]
         for elements, num_warps in ACT_TILES if tune else ():
-            for streaming in (False, True):
-                config = ActQuantConfig(elements, num_warps, streaming)
-                name = f"triton e{elements} w{num_warps} {'cs' if streaming else 'wb'}"
+            for streaming, evict_first in ((False, False), (True, False), (False, True)):
+                config = ActQuantConfig(elements, num_warps, streaming, evict_first)
+                name = f"triton e{elements} w{num_warps} {'cs' if streaming else 'wb'}" + (" ef" if evict_first else "")
                 candidates.append((name, partial(tuned_act_quant, x, config)))
 
         def wrong(got: Any, codes: torch.Tensor = expected, scales: torch.Tensor = expected_scales) -> str:

@@ -11,6 +11,12 @@ from mlakit.indexer import (
     slots_of,
 )
 from mlakit.indexer.config import LogitsConfig, TopkConfig
+from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
+from mlakit.indexer.hopper_launch import (
+    launch_indexer_logits_hopper,
+    launch_indexer_logits_paged_hopper,
+    launch_select_topk_hopper,
+)
 from mlakit.indexer.reference import (
     indexer_logits_paged_reference,
     indexer_logits_reference,
@@ -25,6 +31,9 @@ F8 = torch.float8_e4m3fn
 Limits = tuple[torch.Tensor | None, torch.Tensor | None]
 # Its schema check compares inputs before and after with torch.allclose, which float8 does not have.
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+IMPLS = ["triton", None]  # the portable kernels, and the fastest that can run
 
 
 def _in(dtype, reference, *arguments):
@@ -60,13 +69,14 @@ def _check(out, reference, eager):
     ],
 )
 @pytest.mark.parametrize("limited", [False, True])
-def test_logits_against_float64(s_q, s_kv, heads, dim, limited):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_against_float64(s_q, s_kv, heads, dim, limited, impl):
     arguments = _inputs(s_q, s_kv, heads, dim)
     limits: Limits = (None, None)
     if limited:  # some of them empty, before the first key or behind the last
         end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
         limits = (torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32), end)
-    out = indexer_logits(*arguments, *limits)
+    out = indexer_logits(*arguments, *limits, impl=impl)
     reference = _in(torch.float64, indexer_logits_reference, *arguments, *limits)
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, *limits))
 
@@ -90,25 +100,27 @@ def test_every_kind_of_configuration(config):
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
 
 
-def test_keys_that_nobody_sees_are_not_read():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keys_that_nobody_sees_are_not_read(impl):
     q, k, scales, weights = _inputs(10, 4096)
     k.view(torch.uint8)[2048:] = 0x7F
     scales[2048:] = torch.nan
     end = torch.full((10,), 2000, device="cuda", dtype=torch.int32)
-    out = indexer_logits(q, k, scales, weights, None, end)
+    out = indexer_logits(q, k, scales, weights, None, end, impl=impl)
     assert not out.isnan().any()
     k.view(torch.uint8)[7, 3] = 0x7F
-    assert indexer_logits(q, k, scales, weights, None, end)[:, 7].isnan().all()
+    assert indexer_logits(q, k, scales, weights, None, end, impl=impl)[:, 7].isnan().all()
 
 
-def test_more_than_2_to_the_31_logits_and_elements():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_than_2_to_the_31_logits_and_elements(impl):
     q, k, scales, weights = _inputs(20000, 110_001)
-    out = indexer_logits(q, k, scales, weights)
+    out = indexer_logits(q, k, scales, weights, impl=impl)
     rows = slice(0, None, 9999)
     reference = _in(torch.float64, indexer_logits_reference, q[rows], k, scales, weights[rows])
     eager = _in(torch.bfloat16, indexer_logits_reference, q[rows], k, scales, weights[rows])
     assert_close(out[rows], reference, eager.float())
-    chosen = select_topk(out, 2048)
+    chosen = select_topk(out, 2048, impl=impl)
     assert torch.equal(chosen[rows], select_topk_reference(out[rows], 2048))
 
 
@@ -127,22 +139,24 @@ def _paged(lens, page_size, q_len, heads=64, dim=128, spare_pages=3):
 
 # No context, less than the queries, a page, a page and one more, long; the page of DeepSeek, one of a single token, one
 # that no tile is a multiple of.
-@pytest.mark.parametrize(("q_len", "page_size"), [(1, 64), (2, 64), (5, 16), (2, 1), (3, 48)])
-def test_paged_against_float64(q_len, page_size):
+@pytest.mark.parametrize(("q_len", "page_size"), [(1, 64), (2, 64), (3, 128), (5, 16), (2, 1), (3, 48)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_paged_against_float64(q_len, page_size, impl):
     arguments = _paged([0, 1, 64, 65, 3000, 9999], page_size, q_len)
-    out = indexer_logits_paged(*arguments, max_context_len=10007)
+    out = indexer_logits_paged(*arguments, max_context_len=10007, impl=impl)
     reference = _in(torch.float64, indexer_logits_paged_reference, *arguments, 10007)
     _check(out, reference, _in(torch.bfloat16, indexer_logits_paged_reference, *arguments, 10007))
 
 
-def test_a_cache_of_more_than_2_to_the_31_bytes():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_cache_of_more_than_2_to_the_31_bytes(impl):
     q, cache, weights, table, lens = _paged([5000, 300], 64, 1)
     pages = 2**31 // cache[0].numel() + 1000
     large = torch.empty(pages, *cache.shape[1:], dtype=torch.uint8, device="cuda")
     large[-cache.shape[0] :] = cache
     moved = torch.where(table >= 0, table + pages - cache.shape[0], table)
-    out = indexer_logits_paged(q, large, weights, moved, lens, max_context_len=5000)
-    assert torch.equal(out, indexer_logits_paged(q, cache, weights, table, lens, max_context_len=5000))
+    out = indexer_logits_paged(q, large, weights, moved, lens, max_context_len=5000, impl=impl)
+    assert torch.equal(out, indexer_logits_paged(q, cache, weights, table, lens, max_context_len=5000, impl=impl))
 
 
 def _rows(columns):
@@ -186,14 +200,17 @@ def _rows_that_differ(out, expected):
         (32768, 2048), (33333, 2048), (40000, 4096), (131072, 2048), (163840, 512), (1_000_003, 2048),
     ],
 )  # fmt: skip
-def test_selection_is_exact(columns, k):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_selection_is_exact(columns, k, impl):
     logits = _rows(columns)
-    out = select_topk(logits, k)
+    out = select_topk(logits, k, impl=impl)
     assert _rows_that_differ(out, select_topk_reference(logits, k)) == []
     lengths = torch.randint(-5, columns + 5, (logits.shape[0],), device="cuda", dtype=torch.int32)
     behind = torch.arange(columns, device="cuda") >= lengths[:, None]
     poisoned = logits.masked_fill(behind, torch.nan)
-    assert _rows_that_differ(select_topk(poisoned, k, lengths), select_topk_reference(logits, k, lengths)) == []
+    assert (
+        _rows_that_differ(select_topk(poisoned, k, lengths, impl=impl), select_topk_reference(logits, k, lengths)) == []
+    )
 
 
 # As many rows as keep every program at several of them; a sample of more than a short row has; room for so few
@@ -274,3 +291,121 @@ def test_quantized_queries_score_as_the_wide_ones():
     wide = (q.double() @ (k.double() * scales[:, None]).T).relu()
     expected = (weights.double()[:, :, None] * wide).sum(1)
     assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="kernels for Hopper"
+)
+
+
+# All heads there are; parts of one tile, of an odd and an even number of them, fewer than there are stages and more;
+# one query, a tile of them that is not full; limits before, behind, around and outside of the keys.
+@on_hopper
+@pytest.mark.parametrize(
+    ("s_q", "s_kv", "heads", "config"),
+    [
+        (131, 3001, 64, HopperLogitsConfig(2, 64)),
+        (131, 3001, 64, HopperLogitsConfig(2, 192, 6)),
+        (131, 3001, 64, HopperLogitsConfig(1, 1024, 3)),
+        (66, 900, 32, HopperLogitsConfig(4, 512)),
+        (5, 333, 128, HopperLogitsConfig(1, 320)),
+        (1, 1, 64, None),
+    ],
+)
+@pytest.mark.parametrize("limited", [False, True])
+def test_logits_of_every_kind_of_launch(s_q, s_kv, heads, config, limited):
+    arguments = _inputs(s_q, s_kv, heads)
+    start, end = None, None
+    if limited:
+        start = torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32)
+        end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
+    out = poison_(torch.empty(s_q, s_kv, device="cuda"))
+    q, k, scales, weights = arguments
+    launch_indexer_logits_hopper(q, k, scales, weights, start, end, out, config)
+    reference = _in(torch.float64, indexer_logits_reference, *arguments, start, end)
+    _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
+    again = poison_(torch.empty_like(out))
+    launch_indexer_logits_hopper(q, k, scales, weights, start, end, again, config)
+    assert torch.equal(out, again)
+
+
+# Pages of a tile and of three, queries that fill their tiles and do not, requests without keys and with fewer keys than
+# queries.
+@on_hopper
+@pytest.mark.parametrize(
+    ("q_len", "page_size", "config"),
+    [(1, 64, HopperLogitsConfig(1, 512)), (3, 64, HopperLogitsConfig(2, 1024, 6)), (4, 192, HopperLogitsConfig(2, 64))],
+)
+def test_paged_logits_of_every_kind_of_launch(q_len, page_size, config):
+    arguments = _paged([0, 1, 2, 63, 64, 65, 3000, 9999], page_size, q_len)
+    out = poison_(torch.empty(8 * q_len, 10007, device="cuda"))
+    q, cache, weights, table, lens = arguments
+    launch_indexer_logits_paged_hopper(q, cache, weights, table, lens, out, config)
+    reference = _in(torch.float64, indexer_logits_paged_reference, *arguments, 10007)
+    _check(out, reference, _in(torch.bfloat16, indexer_logits_paged_reference, *arguments, 10007))
+
+
+@on_hopper
+def test_what_it_cannot_run_is_refused_when_named():
+    q, k, scales, weights = _inputs(4, 200, 40)
+    with pytest.raises(RuntimeError, match="heads must be 32, 64 or 128, got 40"):
+        indexer_logits(q, k, scales, weights, impl="hopper")
+    indexer_logits(q, k, scales, weights)
+    q, k, scales, weights = _inputs(4, 200)
+    moved = torch.empty(201 * 128, dtype=torch.uint8, device="cuda")[8:-120].view(F8).view(200, 128).copy_(k)
+    with pytest.raises(RuntimeError, match="multiples of 16, got 8 mod 16"):
+        indexer_logits(q, moved, scales, weights, impl="hopper")
+    assert torch.equal(indexer_logits(q, moved, scales, weights), indexer_logits(q, k, scales, weights, impl="triton"))
+    with pytest.raises(RuntimeError, match="page size that is a multiple of 64, got 16"):
+        indexer_logits_paged(*_paged([40], 16, 1), max_context_len=40, impl="hopper")
+    with pytest.raises(RuntimeError, match="k must be at most 2048, got 2049"):
+        select_topk(torch.zeros(1, 4000, device="cuda"), 2049, impl="hopper")
+    with pytest.raises(RuntimeError, match="up to 163840 columns, got 163841"):
+        select_topk(torch.zeros(1, 163841, device="cuda"), 20, impl="hopper")
+
+
+def _more_rows(columns):
+    """Ranges that floats do not resolve, overflow, or lose in denormal numbers; one value that stretches all bins."""
+    normal = torch.randn(columns, device="cuda")
+    outlier = normal.clone()
+    outlier[columns // 2] = 1e6
+    rows = [normal + 1e6, normal * 1e38, torch.where(normal > 1, normal * 1e38, normal), normal * 1e-30, outlier]
+    return torch.cat([_rows(columns), torch.stack(rows)])
+
+
+# Rows that are held, of every number of values a thread, down to one column; candidates of a sample as large as the
+# row and smaller; the longest row; either number of threads; k of 1, odd, DeepSeek's, more than there are columns.
+@on_hopper
+@pytest.mark.parametrize(
+    ("columns", "k", "config"),
+    [
+        (1, 1, None), (63, 64, None), (1000, 2048, None), (2048, 2048, None), (4099, 127, None), (8191, 1, None),
+        (8192, 2048, None), (16384, 2048, HopperTopkConfig(1024, 16, 0)), (9000, 2048, None), (33333, 100, None),
+        (33333, 2048, HopperTopkConfig(512, 8, 2048, ahead=True)), (131072, 2048, None), (163840, 512, None),
+        (40000, 1, HopperTopkConfig(1024, 4, 8192)), (5000, 1000, HopperTopkConfig(512, 4, 4096)),
+    ],
+)  # fmt: skip
+def test_hopper_selection_is_exact(columns, k, config):
+    logits = _more_rows(columns)
+    out = torch.full((logits.shape[0], k), -7, device="cuda", dtype=torch.int32)
+    launch_select_topk_hopper(logits, k, None, out, config)
+    assert _rows_that_differ(out, select_topk_reference(logits, k)) == []
+    lengths = torch.randint(-5, columns + 5, (logits.shape[0],), device="cuda", dtype=torch.int32)
+    behind = torch.arange(columns, device="cuda") >= lengths[:, None]
+    out.fill_(-7)
+    launch_select_topk_hopper(logits.masked_fill(behind, torch.nan), k, lengths, out, config)
+    assert _rows_that_differ(out, select_topk_reference(logits, k, lengths)) == []
+
+
+# More rows than there is room for at once, rows apart from one another, lengths of all sizes; the same at every call.
+@on_hopper
+@pytest.mark.parametrize("columns", [9000, 5000])
+def test_hopper_selection_of_many_rows(columns):
+    logits = torch.randn(2001, 2 * columns, device="cuda")[:, 1 : columns + 1]
+    lengths = (torch.arange(2001, device="cuda") * 4 + 900).int().clamp(max=columns)
+    out = torch.full((2001, 1000), -7, device="cuda", dtype=torch.int32)
+    launch_select_topk_hopper(logits, 1000, lengths, out)
+    assert torch.equal(out, select_topk_reference(logits, 1000, lengths))
+    again = torch.full_like(out, -7)
+    launch_select_topk_hopper(logits, 1000, lengths, again)
+    assert torch.equal(out, again)

@@ -2,7 +2,15 @@
 
 import torch
 
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose_triton, unobserved
+from mlakit.dispatch import (
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+    choose,
+    choose_triton,
+    unobserved,
+)
 from mlakit.indexer import ops
 from mlakit.indexer.layout import SCALE_BYTES
 from mlakit.indexer.reference import (
@@ -36,7 +44,8 @@ def indexer_logits(
             (`quantize_queries`).
         k_start: [s_q] int32: the first key that each query sees; None for 0.
         k_end: [s_q] int32: one past the last; None for s_kv. A query that sees none gets a row of -inf.
-        impl: "triton" or "reference"; None takes the first that can run.
+        impl: "hopper" (Gluon, compute capability 9.0, 32, 64 or 128 heads of 128), "triton" or "reference"; None takes
+            the first that can run.
 
     Returns:
         [s_q, s_kv] float32, contiguous; -inf where a query does not see a key. NaN stays NaN.
@@ -60,14 +69,15 @@ def indexer_logits(
     for name, limit in (("k_start", k_start), ("k_end", k_end)):
         if limit is not None:
             _check_integers(name, limit, (s_q,), q.device)
-    if choose_triton("indexer_logits", impl, q, _unsuitable(heads, dim)) == "triton":
+    name = _choose("indexer_logits", impl, q, _unsuitable(heads, dim))
+    if name != "reference":
         if k_start is None and k_end is not None:
             k_start = torch.zeros_like(k_end)
         elif k_end is None and k_start is not None:
             k_end = torch.full_like(k_start, k.shape[0])
         limits = () if k_start is None or k_end is None else (k_start, k_end)
         run = ops.run_indexer_logits if unobserved(q, k, k_scales, weights, *limits) else ops.indexer_logits
-        return run(q, k, k_scales, weights, k_start, k_end)
+        return run(q, k, k_scales, weights, k_start, k_end, name)
     return indexer_logits_reference(q, k, k_scales, weights, k_start, k_end)
 
 
@@ -93,7 +103,8 @@ def indexer_logits_paged(
         context_lens: [batch] int32: keys of each request, its newest tokens' own among them; at most blocks *
             page_size.
         max_context_len: columns of the result, at least the longest context.
-        impl: "triton" or "reference" (which waits for the lengths); None takes the first that can run.
+        impl: "hopper" (as of `indexer_logits`, and pages of a multiple of 64 tokens), "triton" or "reference" (which
+            waits for the lengths); None takes the first that can run.
 
     Returns:
         [batch * q_len, max_context_len] float32, contiguous. Token j of a request sees the first context_len - q_len +
@@ -127,10 +138,11 @@ def indexer_logits_paged(
     reason = _unsuitable(heads, dim)
     if reason is None and (cache.stride(0) % SCALE_BYTES or cache.storage_offset() % SCALE_BYTES):
         reason = f"pages must begin at multiples of 4 bytes, got a stride of {cache.stride(0)}"
-    if choose_triton("indexer_logits_paged", impl, q, reason) == "triton":
+    name = _choose("indexer_logits_paged", impl, q, reason)
+    if name != "reference":
         tensors = (q, cache, weights, block_table, context_lens)
         run = ops.run_indexer_logits_paged if unobserved(*tensors) else ops.indexer_logits_paged
-        return run(*tensors, max_context_len)
+        return run(*tensors, max_context_len, name)
     return indexer_logits_paged_reference(q, cache, weights, block_table, context_lens, max_context_len)
 
 
@@ -144,7 +156,8 @@ def select_topk(
             than any number, -0 as 0. Among equals the lowest index wins.
         k: how many, at least 1.
         lengths: [rows] int32: only the first of each row count, what lies behind is not looked at; None for all.
-        impl: "triton" (k up to 4096) or "reference"; None takes the first that can run.
+        impl: "hopper" (Gluon, compute capability 9.0, k up to 2048 of up to 163840 columns), "triton" (k up to 4096) or
+            "reference"; None takes the first that can run.
 
     Returns:
         [rows, k] int32, contiguous: the selected indices of each row in ascending order, then -1 if there are fewer
@@ -162,10 +175,23 @@ def select_topk(
     if lengths is not None:
         _check_integers("lengths", lengths, (logits.shape[0],), logits.device)
     reason = None if k <= _MOST_K else f"k must be at most {_MOST_K}, got {k}"
-    if choose_triton("select_topk", impl, logits, reason) == "triton":
+    name = _choose("select_topk", impl, logits, reason)
+    if name != "reference":
         tensors = (logits,) if lengths is None else (logits, lengths)
-        return (ops.run_select_topk if unobserved(*tensors) else ops.select_topk)(logits, k, lengths)
+        return (ops.run_select_topk if unobserved(*tensors) else ops.select_topk)(logits, k, lengths, name)
     return select_topk_reference(logits, k, lengths)
+
+
+def _choose(operation: str, impl: str | None, tensor: torch.Tensor, reason: str | None) -> str:
+    """The implementation's name, or "auto" for the fastest kernel, which the operator finds out. `reason`: why the
+    portable kernel cannot run; the one for Hopper takes less.
+    """
+    if impl == "hopper":
+        return impl  # the operator says why not
+    if impl not in (None, "triton", "reference"):
+        return choose(operation, impl, dict.fromkeys(("hopper", "triton", "reference")))
+    name = choose_triton(operation, impl, tensor, reason)
+    return "auto" if name == "triton" and impl is None else name
 
 
 def _unsuitable(heads: int, dim: int) -> str | None:

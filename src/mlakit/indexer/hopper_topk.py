@@ -154,27 +154,30 @@ def _select_candidates(
     loaded: gl.constexpr = gl.BlockedLayout([R, 1], [1, 32], [1, THREADS // 32], [0, 1])
     part = shared + gl.arange(0, THREADS, gl.SliceLayout(0, loaded)) // 32 * PART
     gl.inline_asm_elementwise(
-        "mov.u32 mlakit_next, $1; mov.u32 $0, 0;", "=r,r", [part], dtype=gl.int32, is_pure=False, pack=1
+        "mov.u32 mlakit_next, $1; mov.u32 mlakit_hits, 0; mov.u32 $0, 0;",
+        "=r,r",
+        [part],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
-    below, _own = _lane_masks(part)
-    past = part[None, :] + PART
-    below = below[None, :]
+    past = part + PART
     full = length // STEP * STEP
     if AHEAD:
         if full > 0:
             x, index = _load(row_ptr, 0, length, R, THREADS, False)
             for start in range(0, full, STEP):
                 x_next, index_next = _load(row_ptr, gl.minimum(start + STEP, full - STEP), length, R, THREADS, False)
-                _append(past, below, x, index, bound)
+                _append(past, x, index, bound)
                 x = x_next
                 index = index_next
     else:
         for start in range(0, full, STEP):
             x, index = _load(row_ptr, start, length, R, THREADS, False)
-            _append(past, below, x, index, bound)
+            _append(past, x, index, bound)
     if full < length:
         x, index = _load(row_ptr, full, length, R, THREADS, True)
-        _append(past, below, x, index, bound)
+        _append(past, x, index, bound)
 
     # Each warp takes its own candidates to registers.
     layout: gl.constexpr = gl.BlockedLayout([_CANDIDATES // THREADS, 1], [1, 32], [1, THREADS // 32], [0, 1])

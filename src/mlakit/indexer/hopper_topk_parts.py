@@ -34,10 +34,11 @@ def _add(a, b):
 
 @gluon.jit
 def _shared(anything):
-    """The address of shared memory of our own; and a register of each thread, where its warp's next candidate goes."""
+    """The address of shared memory of our own; and registers of each thread, for `_append`."""
     return gl.inline_asm_elementwise(
         """.shared .align 16 .b8 mlakit_topk[45376];
-        .reg .b32 mlakit_next;
+        .reg .b32 mlakit_next, mlakit_hits, mlakit_at;
+        .reg .pred mlakit_fits;
         mov.u32 $0, mlakit_topk;""",
         "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
@@ -457,23 +458,44 @@ def _write(shared, words, out_ptr, index, hit):
 
 
 @gluon.jit
-def _append(past, below, x, index, bound):
-    """Keep what is not below the bound in the warp's own part of the list, which ends at `past`, in order."""
+def _append(past, x, index, bound):
+    """Keep what is not below the bound in the warp's own part of the list, which ends at `past`.
+
+    Hits are counted by thread and summed over the warp once for all of x: a vote for each of them takes two counts of
+    bits, which are slow. What does not fit is left out, and the list is then too long by its count.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.geu.f32 p, $1, $2; @p add.u32 mlakit_hits, mlakit_hits, 1; mov.u32 $0, 0; }",
+        "=r,f,f", [x, bound], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     gl.inline_asm_elementwise(
         """{
-        .reg .pred p; .reg .b32 w, m;
-        setp.geu.f32 p, $1, $3;
-        vote.sync.ballot.b32 w, p, 0xffffffff;
-        and.b32 m, $5, w;
-        popc.b32 m, m;
-        mad.lo.u32 m, m, 8, mlakit_next;
-        popc.b32 w, w;
-        mad.lo.u32 mlakit_next, w, 8, mlakit_next;
-        setp.lt.and.u32 p, m, $4, p;
-        @p st.shared.v2.b32 [m], {$1, $2};
+        .reg .pred q; .reg .b32 s, x;
+        mov.u32 s, mlakit_hits;
+        shfl.sync.up.b32 x|q, s, 1, 0, -1; @q add.u32 s, s, x;
+        shfl.sync.up.b32 x|q, s, 2, 0, -1; @q add.u32 s, s, x;
+        shfl.sync.up.b32 x|q, s, 4, 0, -1; @q add.u32 s, s, x;
+        shfl.sync.up.b32 x|q, s, 8, 0, -1; @q add.u32 s, s, x;
+        shfl.sync.up.b32 x|q, s, 16, 0, -1; @q add.u32 s, s, x;
+        shfl.sync.idx.b32 x, s, 31, 31, -1;
+        sub.u32 s, s, mlakit_hits;
+        mad.lo.u32 mlakit_at, s, 8, mlakit_next;
+        mad.lo.u32 mlakit_next, x, 8, mlakit_next;
+        setp.le.u32 mlakit_fits, mlakit_next, $1;
+        mov.u32 mlakit_hits, 0;
         mov.u32 $0, 0;
         }""",
-        "=r,f,r,f,r,r", [x, index, bound, past, below], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,r", [past], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.geu.and.f32 p, $1, $3, mlakit_fits;
+        @p st.shared.v2.b32 [mlakit_at], {$1, $2};
+        @p add.u32 mlakit_at, mlakit_at, 8;
+        mov.u32 $0, 0;
+        }""",
+        "=r,f,r,f", [x, index, bound], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -1,18 +1,32 @@
-"""torch.library operators of the Triton kernels: `mlakit::indexer_logits`, `indexer_logits_paged`, `select_topk`."""
+"""torch.library operators of the kernels: `mlakit::indexer_logits`, `indexer_logits_paged`, `select_topk`.
+
+`impl` "auto" takes the fastest kernel; that is found out inside the operators, where torch.compile does not look, as it
+depends on addresses.
+"""
+
+from collections.abc import Callable
 
 import torch
+
+from mlakit.indexer.hopper_config import (
+    why_not_aligned,
+    why_not_device,
+    why_not_logits,
+    why_not_paged,
+    why_not_topk,
+)
 
 # Not `custom_op`: called from Python that costs 20 us a call, and this 3.5 us.
 torch.library.define(
     "mlakit::indexer_logits",
-    "(Tensor q, Tensor k, Tensor k_scales, Tensor weights, Tensor? k_start, Tensor? k_end) -> Tensor",
+    "(Tensor q, Tensor k, Tensor k_scales, Tensor weights, Tensor? k_start, Tensor? k_end, str impl='auto') -> Tensor",
 )
 torch.library.define(
     "mlakit::indexer_logits_paged",
-    "(Tensor q, Tensor cache, Tensor weights, Tensor block_table, Tensor context_lens, SymInt max_context_len) "
-    "-> Tensor",
+    "(Tensor q, Tensor cache, Tensor weights, Tensor block_table, Tensor context_lens, SymInt max_context_len, "
+    "str impl='auto') -> Tensor",
 )
-torch.library.define("mlakit::select_topk", "(Tensor logits, SymInt k, Tensor? lengths) -> Tensor")
+torch.library.define("mlakit::select_topk", "(Tensor logits, SymInt k, Tensor? lengths, str impl='auto') -> Tensor")
 
 
 def run_indexer_logits(
@@ -22,12 +36,18 @@ def run_indexer_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """What `mlakit::indexer_logits` does, without the dispatcher."""
-    from mlakit.indexer.triton_logits import launch_indexer_logits
-
     out = _empty_logits(q, k, k_scales, weights, k_start, k_end)
-    launch_indexer_logits(q, k, k_scales, weights, k_start, k_end, out)
+    if _is_hopper("indexer_logits", impl, q.device, lambda: why_not_logits(q, k) or why_not_aligned(q, k)):
+        from mlakit.indexer.hopper_launch import launch_indexer_logits_hopper
+
+        launch_indexer_logits_hopper(q, k, k_scales, weights, k_start, k_end, out)
+    else:
+        from mlakit.indexer.triton_logits import launch_indexer_logits
+
+        launch_indexer_logits(q, k, k_scales, weights, k_start, k_end, out)
     return out
 
 
@@ -39,6 +59,7 @@ def _empty_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     return q.new_empty((q.shape[0], k.shape[0]), dtype=torch.float32)
 
@@ -50,12 +71,19 @@ def run_indexer_logits_paged(
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     max_context_len: int,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """What `mlakit::indexer_logits_paged` does, without the dispatcher."""
-    from mlakit.indexer.triton_logits import launch_indexer_logits_paged
-
     out = _empty_logits_paged(q, cache, weights, block_table, context_lens, max_context_len)
-    launch_indexer_logits_paged(q, cache, weights, block_table, context_lens, out)
+    tensors = (q, cache, weights, block_table, context_lens, out)
+    if _is_hopper("indexer_logits_paged", impl, q.device, lambda: why_not_paged(q, cache) or why_not_aligned(q, cache)):
+        from mlakit.indexer.hopper_launch import launch_indexer_logits_paged_hopper
+
+        launch_indexer_logits_paged_hopper(*tensors)
+    else:
+        from mlakit.indexer.triton_logits import launch_indexer_logits_paged
+
+        launch_indexer_logits_paged(*tensors)
     return out
 
 
@@ -67,22 +95,42 @@ def _empty_logits_paged(
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     max_context_len: int,
+    impl: str = "auto",
 ) -> torch.Tensor:
     return q.new_empty((q.shape[0] * q.shape[1], max_context_len), dtype=torch.float32)
 
 
-def run_select_topk(logits: torch.Tensor, k: int, lengths: torch.Tensor | None) -> torch.Tensor:
+def run_select_topk(logits: torch.Tensor, k: int, lengths: torch.Tensor | None, impl: str = "auto") -> torch.Tensor:
     """What `mlakit::select_topk` does, without the dispatcher."""
-    from mlakit.indexer.triton_topk import launch_select_topk
-
     out = _empty_indices(logits, k, lengths)
-    launch_select_topk(logits, k, lengths, out)
+    if _is_hopper("select_topk", impl, logits.device, lambda: why_not_topk(logits.shape[1], k)):
+        from mlakit.indexer.hopper_launch import launch_select_topk_hopper
+
+        launch_select_topk_hopper(logits, k, lengths, out)
+    else:
+        from mlakit.indexer.triton_topk import launch_select_topk
+
+        launch_select_topk(logits, k, lengths, out)
     return out
 
 
 @torch.library.register_fake("mlakit::select_topk")
-def _empty_indices(logits: torch.Tensor, k: int, lengths: torch.Tensor | None) -> torch.Tensor:
+def _empty_indices(logits: torch.Tensor, k: int, lengths: torch.Tensor | None, impl: str = "auto") -> torch.Tensor:
     return logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+
+
+def _is_hopper(operation: str, impl: str, device: torch.device, why_not: Callable[[], str | None]) -> bool:
+    """Whether the Hopper kernel runs.
+
+    Raises:
+        RuntimeError: it was asked for and cannot.
+    """
+    if impl == "triton":
+        return False
+    reason = why_not_device(str(device)) or why_not()
+    if impl == "hopper" and reason is not None:
+        raise RuntimeError(f"{operation}: impl='hopper' cannot run: {reason}")
+    return reason is None
 
 
 for _name, _run in (

@@ -14,17 +14,28 @@ from mlakit.triton_launch import Launches
 
 @dataclass(frozen=True)
 class ActQuantConfig:
-    """Elements a program quantizes, and its warps. `streaming` marks the codes as not needed soon (st.global.cs).
-
-    On an H200, in one run, the defaults took 26.3 us for [4096, 7168] and 167.8 us for [32768, 7168], where PyTorch's
-    copy of as many bytes took 25.6 and 170.4, and this kernel without its arithmetic 26.1 and 166.2. Of 70 others
-    (more or fewer elements and warps, other cache hints, a loop over tiles with copies ahead of it) none was faster on
-    both by more than noise.
+    """Elements a program quantizes, and its warps. `streaming` marks the codes as not needed soon (st.global.cs), and
+    `evict_first` what is read.
     """
 
     elements: int = 2048
     num_warps: int = 2
     streaming: bool = False
+    evict_first: bool = False
+
+
+def act_quant_config(elements: int) -> ActQuantConfig:
+    """The launch for so many elements.
+
+    On an H200, medians of three rounds in one run: [4096, 7168] took 27.0 us with four warps and what is read marked as
+    not needed again, 27.7 with the two warps that are best for [32768, 7168], which takes 168.8 so, and 175.8 with the
+    mark. PyTorch's copy of as many bytes took 26.5 and 170.2. Of 100 others (more or fewer elements and warps, other
+    cache hints, a loop over tiles with copies ahead of it) none was faster by more than noise.
+    """
+    return ActQuantConfig(num_warps=4, evict_first=True) if elements < _MANY_ELEMENTS else ActQuantConfig()
+
+
+_MANY_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ def _act_quant_kernel(
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    LOAD_EVICTION: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     offs = tl.arange(0, BLOCK_SIZE)
@@ -70,9 +82,9 @@ def _act_quant_kernel(
         start = (group // groups_per_row) * stride_row + (group % groups_per_row) * BLOCK_SIZE
     x_ptrs = x_ptr + start[:, None] + offs[None, :]
     if EVEN:  # a mask costs 0.5 us of 26
-        x = tl.load(x_ptrs)
+        x = tl.load(x_ptrs, eviction_policy=LOAD_EVICTION)
     else:
-        x = tl.load(x_ptrs, mask=live[:, None], other=0.0)
+        x = tl.load(x_ptrs, mask=live[:, None], other=0.0, eviction_policy=LOAD_EVICTION)
     x = x.to(tl.float32)
     # Triton's maximum passes over NaN, and so does the definition.
     scale = block_scale(tl.max(tl.abs(x), axis=1), UE8M0)
@@ -143,7 +155,7 @@ def launch_act_quant(
     groups = scales.numel()
     if groups == 0:
         return
-    config = config or ActQuantConfig()
+    config = config or act_quant_config(x.numel())
     rows = x.reshape(-1, x.shape[-1])
     if rows.data_ptr() != x.data_ptr():  # rows are not evenly spaced, and this is a copy: the launch is another
         launch_act_quant(rows, codes, scales, block_size=block_size, ue8m0=ue8m0, config=config)
@@ -163,6 +175,7 @@ def launch_act_quant(
             "UE8M0": ue8m0,
             "NATIVE": has_e4m3(x.device),
             "STORE_CACHE": ".cs" if config.streaming else "",
+            "LOAD_EVICTION": "evict_first" if config.evict_first else "",
         },
         num_warps=config.num_warps,
     )
