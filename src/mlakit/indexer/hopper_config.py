@@ -62,7 +62,8 @@ def hopper_topk_config(columns: int, rows: int, units: int) -> HopperTopkConfig:
     # Of longer rows a larger sample is needed, or a few of its values would decide.
     sample = 2048 if columns <= 32768 else 4096 if columns <= 65536 else 8192
     if rows <= units:
-        return HopperTopkConfig(1024, 8, sample if columns <= 131072 else 16384, ahead=True, max_registers=64)
+        # Each of 32 warps has room for 128 candidates: a larger sample lets fewer through.
+        return HopperTopkConfig(1024, 8, 2 * sample, ahead=True, max_registers=64)
     return HopperTopkConfig(512, 8, sample, max_registers=40)
 
 
