@@ -45,7 +45,7 @@ class HopperTopkConfig:
 
     `sample` 0: a row is held in registers, `held` values a thread. Otherwise it is looked through `held` values a
     thread at a time, those of the next step loaded ahead if `ahead`, for candidates: what is above a threshold that a
-    sample of so many values tells.
+    sample of so many values tells. `staged`: indices go through shared memory, if there is room.
     """
 
     threads: int
@@ -53,6 +53,7 @@ class HopperTopkConfig:
     sample: int
     ahead: bool = False
     max_registers: int | None = None
+    staged: bool = True
 
 
 def hopper_topk_config(columns: int, rows: int, units: int) -> HopperTopkConfig:

@@ -122,6 +122,7 @@ def launch_select_topk_hopper(
     rows, columns = logits.shape
     if config is None:
         config = hopper_topk_config(columns, rows, device_info(logits.device).units)
+    words = triton.next_power_of_2(triton.cdiv(columns, 32 * config.threads))  # of the bitmap, a thread
     _TOPK.first(
         key,
         logits.device,
@@ -132,9 +133,10 @@ def launch_select_topk_hopper(
             "LENGTHS": lengths is not None,
             "HELD": config.held,
             "SAMPLE": config.sample,
-            "WORDS": triton.next_power_of_2(triton.cdiv(columns, 32 * config.threads)),
+            "WORDS": words,
             "THREADS": config.threads,
             "AHEAD": config.ahead,
+            "STAGED": config.staged and 8 * words * config.threads <= 32768,
         },
         num_warps=config.threads // 32,
         maxnreg=config.max_registers,

@@ -31,7 +31,6 @@ from mlakit.indexer.hopper_topk_parts import (
     _clear,
     _count_and_find,
     _find,
-    _first_lane_stores,
     _lane_masks,
     _load,
     _mark,
@@ -39,6 +38,7 @@ from mlakit.indexer.hopper_topk_parts import (
     _read,
     _set,
     _shared,
+    _store_word,
     _threshold,
     _write,
     _write_by_word,
@@ -95,8 +95,9 @@ def _threshold_in_place(shared, row_ptr, length, k, THREADS: gl.constexpr):
 
 @gluon.jit
 def _select_held(
-    shared, row_ptr, row_out, length, words, k, R: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr
-):
+    shared, row_ptr, row_out, length, words, k,
+    R: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
     """Select from a row that fits the registers, R values a thread: (fine, few)."""
     x, index = _load(row_ptr, 0, length, R, THREADS, True)
     SOME: gl.constexpr = min(R, 4)
@@ -116,10 +117,12 @@ def _select_held(
         layout: gl.constexpr = gl.BlockedLayout([R, 1], [1, 32], [1, THREADS // 32], [0, 1])
         of_warp = shared + gl.arange(0, THREADS, gl.SliceLayout(0, layout)) // 32 * 4
         at_word = of_warp[None, :] + gl.arange(0, R, gl.SliceLayout(1, layout))[:, None] * (THREADS // 8)
-        _first_lane_stores(at_word, word)
+        _store_word(at_word, word)
         _rank_words(shared, words, THREADS, WORDS)
         below, own = _lane_masks(of_warp)
-        _write_by_word(at_word + 4 * words, row_out, index, word, below[None, :], own[None, :])
+        _write_by_word(
+            at_word + 4 * words, shared, row_out, index, word, below[None, :], own[None, :], STAGED
+        )  # fmt: skip
     return fine, few
 
 
@@ -145,6 +148,7 @@ def _sampled_bound(shared, row_ptr, length, k, SAMPLE: gl.constexpr, THREADS: gl
 def _select_candidates(
     shared, row_ptr, row_out, length, words, k,
     R: gl.constexpr, SAMPLE: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr, AHEAD: gl.constexpr,
+    STAGED: gl.constexpr,
 ):  # fmt: skip
     """Select from a long row by its candidates: (fine, few)."""
     PART: gl.constexpr = 8 * _CANDIDATES * 32 // THREADS  # bytes of a warp's part of the list
@@ -210,7 +214,7 @@ def _select_candidates(
         _barrier()
         _mark(shared, place_in_row, hit)
         _rank_words(shared, words, THREADS, WORDS)
-        _write(shared, words, row_out, place_in_row, hit)
+        _write(shared, words, row_out, place_in_row, hit, STAGED)
     return fine, few
 
 
@@ -229,6 +233,7 @@ def _select_topk_hopper_kernel(
     WORDS: gl.constexpr,  # of the bitmap, a thread
     THREADS: gl.constexpr,
     AHEAD: gl.constexpr,
+    STAGED: gl.constexpr,  # indices go through shared memory, so that rows are written at once
 ):
     row = gl.program_id(0).to(gl.int64)
     shared = _shared(columns)
@@ -239,28 +244,36 @@ def _select_topk_hopper_kernel(
         length = gl.maximum(gl.minimum(gl.load(lengths_ptr + row), columns), 0).to(gl.int32)
     words = gl.maximum((columns + 31) // 32, 1)
     if SAMPLE == 0:
-        fine, few = _select_held(shared, row_ptr, row_out, length, words, k, HELD, WORDS, THREADS)
+        fine, few = _select_held(shared, row_ptr, row_out, length, words, k, HELD, WORDS, THREADS, STAGED)
     else:
         fine, few = _select_candidates(
-            shared, row_ptr, row_out, length, words, k, HELD, SAMPLE, WORDS, THREADS, AHEAD
+            shared, row_ptr, row_out, length, words, k, HELD, SAMPLE, WORDS, THREADS, AHEAD, STAGED
         )  # fmt: skip
     if fine == False:  # noqa: E712
         bound, few = _threshold_in_place(shared, row_ptr, length, k, THREADS)
         _barrier()
         for start in range(0, words * 32, THREADS):
             index, _, hit = _hits_in_place(row_ptr, start, length, bound, THREADS)
-            _first_lane_stores(shared + index // 32 * 4, _ballot(hit))
+            _store_word(shared + index // 32 * 4, _ballot(hit))
         _rank_words(shared, words, THREADS, WORDS)
         for start in range(0, length, THREADS):
             index, _, hit = _hits_in_place(row_ptr, start, length, bound, THREADS)
-            _write(shared, words, row_out, index, hit)
+            _write(shared, words, row_out, index, hit, STAGED)
+    total = k
     if few:  # the last word's rank and its bits are all there are
         total = gl.inline_asm_elementwise(
             "popc.b32 $0, $2; add.u32 $0, $0, $1;",
             "=&r,r,r", [_read(shared + 8 * words - 4), _read(shared + 4 * words - 4)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-        t: gl.constexpr = gl.BlockedLayout([1], [32], [THREADS // 32], [0])
+    t: gl.constexpr = gl.BlockedLayout([1], [32], [THREADS // 32], [0])
+    if STAGED:
+        _barrier()
+        for start in range(0, k, THREADS):
+            column = start + gl.arange(0, THREADS, t)
+            index = _read(shared + _HIST + 4 * gl.minimum(column, _BINS - 1))
+            gl.store(row_out + column, gl.where(column < total, index, -1), mask=column < k)
+    elif few:
         for start in range(0, k, THREADS):
             column = start + gl.arange(0, THREADS, t)
             gl.store(row_out + column, gl.full([THREADS], -1, gl.int32, t), mask=(column >= total) & (column < k))

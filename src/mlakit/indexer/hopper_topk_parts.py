@@ -336,14 +336,11 @@ def _ballot_at_least(x, value):
 
 
 @gluon.jit
-def _first_lane_stores(address, word):
+def _store_word(address, word):
+    """Write what all lanes of a warp have in common: they agree, and a predicate would cost a branch."""
     gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .b32 l;
-        mov.u32 l, %laneid; setp.eq.u32 p, l, 0; @p st.shared.b32 [$1], $2; mov.u32 $0, 0;
-        }""",
-        "=r,r,r", [address, word], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        "st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, word], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -417,27 +414,47 @@ def _rank_words(shared, words, THREADS: gl.constexpr, PER: gl.constexpr):
 
 
 @gluon.jit
-def _write_by_word(rank_at, out_ptr, index, word, below, own):
-    """Write a warp's hits, which are the bits of `word`; the rank of its first one is in shared memory."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .b32 r, m; .reg .b64 a;
-        ld.shared.b32 r, [$1];
-        and.b32 m, $3, $4;
-        popc.b32 m, m;
-        add.u32 r, r, m;
-        and.b32 m, $3, $5;
-        setp.ne.u32 p, m, 0;
-        mad.wide.u32 a, r, 4, $6;
-        @p st.global.b32 [a], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r,r,r,r,l", [rank_at, index, word, below, own, out_ptr], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _write_by_word(rank_at, shared, out_ptr, index, word, below, own, STAGED: gl.constexpr):
+    """Write a warp's hits, which are the bits of `word`, where they go, in shared memory if STAGED; the rank of its
+    first one is in shared memory.
+    """
+    if STAGED:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .b32 r, m;
+            ld.shared.b32 r, [$1];
+            and.b32 m, $3, $4;
+            popc.b32 m, m;
+            add.u32 r, r, m;
+            and.b32 m, $3, $5;
+            setp.ne.u32 p, m, 0;
+            mad.lo.u32 r, r, 4, $6;
+            @p st.shared.b32 [r], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,r,r,r,r,r", [rank_at, index, word, below, own, shared + _HIST],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .b32 r, m; .reg .b64 a;
+            ld.shared.b32 r, [$1];
+            and.b32 m, $3, $4;
+            popc.b32 m, m;
+            add.u32 r, r, m;
+            and.b32 m, $3, $5;
+            setp.ne.u32 p, m, 0;
+            mad.wide.u32 a, r, 4, $6;
+            @p st.global.b32 [a], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,r,r,r,r,l", [rank_at, index, word, below, own, out_ptr], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
-def _write(shared, words, out_ptr, index, hit):
+def _write(shared, words, out_ptr, index, hit, STAGED: gl.constexpr):
     """Write the hits wherever they are in the row."""
     position = gl.inline_asm_elementwise(
         """{
@@ -454,7 +471,14 @@ def _write(shared, words, out_ptr, index, hit):
         }""",
         "=r,r,r,r,r", [index, shared, hit.to(gl.int32), shared + 4 * words], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    gl.store(out_ptr + position, index, mask=hit)
+    if STAGED:
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,r,r,r", [shared + _HIST + 4 * position, index, hit.to(gl.int32)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        gl.store(out_ptr + position, index, mask=hit)
 
 
 @gluon.jit
