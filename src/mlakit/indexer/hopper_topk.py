@@ -153,8 +153,8 @@ def _select_candidates(
     """Select from a long row by its candidates: (fine, few)."""
     PART: gl.constexpr = 8 * _CANDIDATES * 32 // THREADS  # bytes of a warp's part of the list
     STEP: gl.constexpr = R * THREADS
+    _set(shared + _OVERFLOW, 0)  # barriers follow before any warp may set it
     bound, everything = _sampled_bound(shared, row_ptr, length, k, SAMPLE, THREADS)
-    _set(shared + _OVERFLOW, 0)
     loaded: gl.constexpr = gl.BlockedLayout([R, 1], [1, 32], [1, THREADS // 32], [0, 1])
     part = shared + gl.arange(0, THREADS, gl.SliceLayout(0, loaded)) // 32 * PART
     gl.inline_asm_elementwise(
