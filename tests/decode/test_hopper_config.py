@@ -7,7 +7,16 @@ import torch
 import triton
 
 from mlakit.decode import mla_decode
-from mlakit.decode.hopper_config import FEW16, FEW32, MANY, HopperConfig, choose_config, plan_slots, refusal
+from mlakit.decode.hopper_config import (
+    FEW16,
+    FEW32,
+    MANY,
+    HopperConfig,
+    choose_config,
+    choose_e4m3_config,
+    plan_slots,
+    refusal,
+)
 from mlakit.decode.ops import _hopper_reason, candidates
 from mlakit.hardware import DeviceInfo, pretend
 
@@ -29,7 +38,7 @@ def why(q: torch.Tensor, cache: torch.Tensor, **options: Any) -> str | None:
 @pytest.mark.parametrize("heads", [1, 16, 33, 64, 128, 200])
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 4096])
 def test_what_they_take(heads: int, page_size: int) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         assert why(*inputs(heads, dtype, page_size)) is None
 
 
@@ -37,7 +46,7 @@ def test_what_they_take(heads: int, page_size: int) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"dtype": torch.float32}, {}, r"bfloat16 or float16, got torch\.float32"),
+        ({"dtype": torch.float32}, {}, r"bfloat16, float16 or float8_e4m3fn, got torch\.float32"),
         ({"latent": 320}, {}, "kv_lora_rank 512 and latent_dim 576, got 512 and 320"),
         ({}, {"kv_lora_rank": 256}, "kv_lora_rank 512 and latent_dim 576, got 256 and 576"),
         ({}, {"softmax_scale": -0.1}, "a positive softmax_scale, got -0.1"),
@@ -61,6 +70,9 @@ def test_caches_that_are_no_matrix_are_refused() -> None:
     assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 584), dtype=q.dtype)[..., 4:580]) or "")
     assert why(q, torch.empty((3, 64, 640), dtype=q.dtype)[..., :576]) is None  # keys further apart are fine
     small = torch.empty((3, 64, 576), dtype=torch.float8_e4m3fn)
+    assert "aligned to 16 bytes" in (
+        why(q.to(small.dtype), torch.empty((3, 64, 584), dtype=small.dtype)[..., :576]) or ""
+    )
     assert why(q, small) == "needs a cache of q's dtype torch.bfloat16, got torch.float8_e4m3fn"
     many = torch.empty((1025, 1, 16, 576), dtype=q.dtype, device="meta")
     assert why(many, torch.empty((3, 64, 576), dtype=q.dtype)) == "needs at most 1024 requests, got 1025"
@@ -94,11 +106,13 @@ def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.Mo
 )
 def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
     assert choose_config(rows=rows) == config
+    codes = choose_e4m3_config(rows=rows)
+    assert (codes.kernel, codes.tile_rows) == (config.kernel, config.tile_rows)
     plan = plan_slots(batch=batch, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
     assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
 
 
-# These for whatever they can take, the portable kernels for float8 and for small pages.
+# These for whatever they can take, the portable kernels for 16-bit queries over float8 and for small pages.
 @pytest.mark.parametrize(
     ("batch", "rows", "page_size", "dtype", "chosen"),
     [

@@ -23,7 +23,6 @@ class HopperConfig:
     least: int = 1  # steps of a piece, where nobody names a number of pieces
     worker_registers: int = 240  # of the second warpgroup of the kernel for many heads
     max_registers: int = 255
-    warps: int = 4  # of a program (float8)
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def refusal(
     units: int,
 ) -> str | None:
     """Why the kernels cannot run these inputs, or None. The device is not looked at."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        return f"needs bfloat16, float16 or float8_e4m3fn, got {q.dtype}"
     if cache.dtype != q.dtype:
         return f"needs a cache of q's dtype {q.dtype}, got {cache.dtype}"
     if kv_lora_rank != RANK or q.shape[-1] != RANK + ROPE:
@@ -98,7 +97,7 @@ def refusal(
     page_stride, key_stride, _ = cache.stride()
     if page_stride != page_size * key_stride:
         return f"needs pages that follow one another without gaps, got cache strides {list(cache.stride())}"
-    if key_stride % 8 or cache.data_ptr() % 16:
+    if key_stride * cache.element_size() % 16 or cache.data_ptr() % 16:
         return f"needs keys aligned to 16 bytes, got cache strides {list(cache.stride())} from {cache.data_ptr():#x}"
     if pages * page_size >= 2**31:
         return f"needs fewer than 2**31 slots in the cache, got {pages * page_size}"
@@ -118,6 +117,21 @@ def refusal(
 MANY = HopperConfig("many", tile_rows=64, step=128, resident=1)
 FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=1, stages=2)
 FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=1, stages=2)
+
+
+E4M3_FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=2, stages=2)
+E4M3_FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2, stages=2)
+
+
+def choose_e4m3_config(*, rows: int) -> HopperConfig:
+    """The launch configuration for `rows` query rows a request from e4m3 caches.
+
+    Measured on an H200, requests x heads x keys, microseconds; one program a multiprocessor of three tiles beside two
+    of two: 128x16x8192 180.1, 158.5.
+    """
+    if rows <= 16:
+        return E4M3_FEW16
+    return E4M3_FEW32 if rows <= 32 else MANY
 
 
 def choose_config(*, rows: int) -> HopperConfig:

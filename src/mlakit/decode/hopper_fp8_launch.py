@@ -7,13 +7,14 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, plan_slots
-from mlakit.decode.hopper_fp8 import _mla_decode_e4m3_kernel
+from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_e4m3_config, plan_slots
+from mlakit.decode.hopper_fp8_few import _mla_decode_e4m3_few_kernel
 from mlakit.decode.hopper_fp8_many import _mla_decode_e4m3_many_kernel
-from mlakit.decode.hopper_launch import LOG2E, _counters
 from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
+from mlakit.hopper_counters import counters as _counters
 
+LOG2E = 1.4426950408889634
 _CODES = gl.NVMMASharedLayout(128, 8, rank=2)
 _ROPE_CODES = gl.NVMMASharedLayout(64, 8, rank=2)
 _MOST_LAUNCHES = 4096
@@ -33,7 +34,7 @@ def _launch_hopper_e4m3(
     num_splits: int | None,
     q_scale: float,
     kv_scale: float,
-    config: HopperConfig,
+    config: HopperConfig | None = None,
 ) -> None:
     """Fill `out` and `lse` from an e4m3 query and cache, as `hopper_launch._launch_hopper_decode` does."""
     batch, q_len, heads, latent = q.shape
@@ -53,13 +54,14 @@ def _launch_hopper_e4m3(
     known = _LAUNCHES.get(key)
     if known is None:
         capacity = block_table.shape[1] * page_size
+        chosen = config or choose_e4m3_config(rows=rows)
         plan = plan_slots(
             batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
-            config=config,
+            config=chosen,
         )  # fmt: skip
     else:
-        kernel, config, plan, rest = known
-    tile_rows = config.tile_rows
+        kernel, chosen, plan, rest = known
+    tile_rows = chosen.tile_rows
     partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
     if plan.partials:
         partial = torch.empty((plan.partials, plan.row_tiles * tile_rows, RANK), dtype=out.dtype, device=device)
@@ -70,7 +72,7 @@ def _launch_hopper_e4m3(
         layout = _CODES if block[1] > ROPE else _ROPE_CODES
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
 
-    many = config.kernel == "many"
+    many = chosen.kernel == "many"
     width = RANK // 2 if many else RANK
     box = [page_size, 128] if page_size < 64 else [64, width]
     arguments = (
@@ -91,16 +93,16 @@ def _launch_hopper_e4m3(
     evenly_spaced = q_len == 1 or out.stride(1) == heads * out.stride(2)
     requests = 1 if batch == 1 else max(128, triton.next_power_of_2(batch))
     constants: tuple[Any, ...] = (
-        causal and q_len > 1, evenly_spaced, page_size, requests, config.least,
+        causal and q_len > 1, evenly_spaced, page_size, requests, chosen.least,
     )  # fmt: skip
     if many:
-        function, constants = _mla_decode_e4m3_many_kernel, (*constants, config.worker_registers)
+        function, constants = _mla_decode_e4m3_many_kernel, (*constants, chosen.worker_registers)
     else:
-        function, constants = _mla_decode_e4m3_kernel, (*constants, tile_rows, config.stages, config.warps)
+        function, constants = _mla_decode_e4m3_few_kernel, (*constants, tile_rows, chosen.stages)
     grid = (plan.programs, 1, 1)
     options = {
-        "num_warps": config.warps,
-        "maxnreg": config.max_registers,
+        "num_warps": 4,
+        "maxnreg": chosen.max_registers,
         "launch_cooperative_grid": plan.partials > 0,
     }
     if device.type != "cuda":
@@ -111,4 +113,4 @@ def _launch_hopper_e4m3(
         compiled = function[grid](*arguments, *numbers, *constants, **options)
     if len(_LAUNCHES) >= _MOST_LAUNCHES:
         _LAUNCHES.clear()
-    _LAUNCHES[key] = compiled[grid], config, plan, (*numbers, *constants)
+    _LAUNCHES[key] = compiled[grid], chosen, plan, (*numbers, *constants)

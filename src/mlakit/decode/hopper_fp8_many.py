@@ -2,8 +2,9 @@
 
 Scores of a tile of 64 keys, e4m3 by e4m3, are computed by one warpgroup, of the next tile by the other; weights and the
 running maximum go through shared memory. The output is kept transposed, and each warpgroup has half of its rows: values
-are the left operand, from registers (`hopper_fp8_values`). A warpgroup's turn: scores of its own tile and, meanwhile,
-values of the tile before; weights of its own tile; values of it. While one computes weights the other multiplies.
+are the left operand, from registers (`hopper_fp8_few` tells how). A warpgroup's turn: scores of its own tile; their
+weights; values of the tile before, whose weights the other one has made; values of its own. While one computes weights
+the other multiplies, and to make weights nothing but the maximum so far is waited for.
 
 Each warpgroup refills its own half of a tile as soon as it has multiplied it, four tiles ahead.
 """
@@ -21,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlakit.decode.hopper_fp8_values import _halves, _words
+from mlakit.decode.hopper_fp8_parts import BASE, _add_halves, _fill, _finite, _kept_maximum, _words, _zero_tail
 from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
@@ -35,87 +36,149 @@ from mlakit.decode.hopper_parts import (
 )
 from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
 
-
-@gluon.jit
-def _fill(k_desc, r_desc, page_rows, keys, rope, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr):
-    """Copy half of a tile, the left one with the rope part: one box, or one for each page and 128 columns."""
-    mbarrier.expect(full, 64 * (256 + 64 * (1 - HALF)), pred=wanted)
-    if PAGE >= 64:
-        tma.async_copy_global_to_shared(k_desc, [page_rows[0], HALF * 256], full, keys, pred=wanted)
-        if HALF == 0:
-            tma.async_copy_global_to_shared(r_desc, [page_rows[0], 512], full, rope, pred=wanted)
-    else:
-        for i in gl.static_range(64 // PAGE):
-            for part in gl.static_range(2):
-                box = keys.slice(i * PAGE, PAGE, 0).slice(part * 128, 128, 1)
-                tma.async_copy_global_to_shared(
-                    k_desc, [page_rows[i], HALF * 256 + part * 128], full, box, pred=wanted
-                )
-            if HALF == 0:
-                box = rope.slice(i * PAGE, PAGE, 0)
-                tma.async_copy_global_to_shared(r_desc, [page_rows[i], 512], full, box, pred=wanted)
-
-
-@gluon.jit
-def _zero_tail(words, valid):
-    """Set codes of half a tile's keys past the request's last one to zero: 0 * NaN would not be 0. Rows of words."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    for part in gl.static_range(2):
-        some = words.slice(part * 32, 32, 1)
-        some.store(gl.where(row[:, None] < valid, some.load(layout), 0))
-
-
-@gluon.jit
-def _finite(m, CAUSAL: gl.constexpr):
-    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
-    if CAUSAL:
-        m = gl.where(m == -float("inf"), 0.0, m)
-    return m
+PRECISE = gl.constexpr(1)
 
 
 @gluon.jit
 def _scores(queries, q_rope, left, right, rope, z, layout: gl.constexpr):
     """Q K^T of a tile, on its way."""
-    s = gl.zeros([64, 64], gl.float32, layout)
-    s = warpgroup_mma(q_rope.index(z), rope.permute((1, 0)), s, use_acc=False, is_async=True)
-    s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
-    return warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
+    zeros = gl.zeros([64, 64], gl.float32, layout)
+    s = warpgroup_mma(q_rope.index(z), rope.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if PRECISE == 4:
+        q = queries.index(z)
+        s = warpgroup_mma(q.slice(0, 128, 1), left.slice(0, 128, 1).permute((1, 0)), s, is_async=True)
+        more = warpgroup_mma(
+            q.slice(128, 128, 1), left.slice(128, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        q = queries.index(z + 1)
+        s, more = warpgroup_mma_wait(0, [s, more])
+        s += more
+        more = warpgroup_mma(
+            q.slice(0, 128, 1), right.slice(0, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        more = warpgroup_mma_wait(0, [more])
+        s += more
+        more = warpgroup_mma(
+            q.slice(128, 128, 1), right.slice(128, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        more = warpgroup_mma_wait(0, [more])
+        s += more
+    elif PRECISE == 2:
+        s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
+        more = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s, more = warpgroup_mma_wait(0, [s, more])
+        s += more
+    else:
+        s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, [s])
+    return s
 
 
 @gluon.jit
-def _add_values(pairs, weights, factor, o0, o1, o2, o3, operand: gl.constexpr):
-    """O^T = O^T * factor + V^T P^T of half a tile: the even and the odd columns of its quarters, on their way."""
-    p = weights.permute((1, 0))
-    even, odd = _halves(pairs.slice(0, 64, 1).permute((1, 0)).load(operand))
-    o0 = warpgroup_mma(even, p, o0 * factor, is_async=True)
-    o1 = warpgroup_mma(odd, p, o1 * factor, is_async=True)
-    even_2, odd_2 = _halves(pairs.slice(64, 64, 1).permute((1, 0)).load(operand))
-    o2 = warpgroup_mma(even_2, p, o2 * factor, is_async=True)
-    o3 = warpgroup_mma(odd_2, p, o3 * factor, is_async=True)
-    return o0, o1, o2, o3, even, odd, even_2, odd_2
+def _rescale(factor, o0, o1, o2, o3):
+    if _uniform((gl.min(factor, 0) < 1.0).to(gl.int32)) != 0:  # what each warp finds for itself, the same for all
+        f = factor[None, :]
+        o0 = o0 * f
+        o1 = o1 * f
+        o2 = o2 * f
+        o3 = o3 * f
+    return o0, o1, o2, o3
+
+
+@gluon.jit
+def _add_values(pairs, weights, o0, o1, o2, o3, operand: gl.constexpr):
+    """O^T += V^T P^T of half a tile: the even and the odd columns of its quarters, 32 keys at a time; operands of 32
+    keys are made while the 32 before are multiplied.
+    """
+    left, right = pairs.slice(0, 64, 1), pairs.slice(64, 64, 1)
+    p_first = weights.slice(0, 32, 1).permute((1, 0))
+    p_last = weights.slice(32, 32, 1).permute((1, 0))
+    o0, o1, a, b = _add_halves(left.slice(0, 32, 0), p_first, o0, o1, operand)
+    o0, o1, c, d = _add_halves(left.slice(32, 32, 0), p_last, o0, o1, operand)
+    a, b = warpgroup_mma_wait(2, [a, b])
+    o2, o3, a, b = _add_halves(right.slice(0, 32, 0), p_first, o2, o3, operand)
+    c, d = warpgroup_mma_wait(2, [c, d])
+    o2, o3, c, d = _add_halves(right.slice(32, 32, 0), p_last, o2, o3, operand)
+    o0, o1, o2, o3, a, b, c, d = warpgroup_mma_wait(0, [o0, o1, o2, o3, a, b, c, d])
+    return o0, o1, o2, o3
 
 
 @gluon.jit
 def _weigh(
-    s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights, maxima, factors, told, W: gl.constexpr,
+    s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights, maximum, factor, told,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Weights of this warpgroup's tile, times 2^12, so that few are subnormal in float16; m: the maximum so far of all
-    tiles, own_m: that to which the sum l of this warpgroup's tiles is.
+    """Weights of this warpgroup's tile; m: the maximum that those of the tile before are relative to, own_m: that to
+    which the sum l of this warpgroup's tiles is.
     """
     if first_key + 64 > shortest:
         s = gl.where((first_key + key)[None, :] < sight[:, None], s, -float("inf"))
-    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    m_new = _kept_maximum(m, gl.max(s, 1) * scale_log2)
     shift = _finite(m_new, CAUSAL)
-    maxima.index(W).store(m_new)
-    factors.index(W).store(gl.exp2(m - shift))
-    p = gl.exp2(s * scale_log2 - (shift - 12.0)[:, None])
-    weights.index(W).store(p.to(gl.float16))
+    maximum.store(m_new)
+    factor.store(gl.exp2(m - shift))
+    p = gl.exp2(s * scale_log2 - (shift - BASE)[:, None])
+    weights.store(p.to(gl.float16))
     fence_async_shared()
-    mbarrier.arrive(told.index(W), count=1)
+    mbarrier.arrive(told, count=1)
     l = l * gl.exp2(own_m - shift) + gl.sum(p, 1)
     return m_new, l
+
+
+@gluon.jit
+def _turn(
+    W: gl.constexpr, pair, passed, zero, m, own_m, l, o0, o1, o2, o3, next_own, next_other, first, last, valid,
+    last_key, table, k_desc, r_desc, queries, q_rope, keys, ropes, weights, maxima, factors, full, told_p, key, sight,
+    shortest, scale_log2, operand: gl.constexpr, score: gl.constexpr, CAUSAL: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Scores and weights of this warpgroup's tile of a pair; values of the tile before, and of its own."""
+    of_row: gl.constexpr = gl.SliceLayout(1, score)
+    of_column: gl.constexpr = gl.SliceLayout(0, operand.parent)
+    pairs = keys._reinterpret(gl.int16, [8, 64, 128], gl.NVMMASharedLayout(128, 16, rank=2))
+    as_words = keys._reinterpret(gl.int32, [8, 64, 64], gl.NVMMASharedLayout(128, 32, rank=2))
+    parity = passed & 1
+    other_parity = (passed + 1 - W) & 1
+    own_buffer = _same_for_warp(pair * zero + 2 * W + parity)
+    other_buffer = _same_for_warp(pair * zero + 2 - 2 * W + other_parity)
+    z = _same_for_warp(pair * zero)
+    own = (2 * passed + W) % 4
+    other = (own + 3) % 4
+    own_stage = _same_for_warp(pair * zero + own)
+    other_stage = _same_for_warp(pair * zero + other)
+    first_key = pair * 128 + W * 64
+    # The tile before this one's: of the pair before (left) or of this pair (right).
+    other_pair = pair - 1 + W
+    then_other = _tile_rows(table, 2 * (other_pair + 3) + 1 - W, last_key, PAGE)
+    then_own = _tile_rows(table, 2 * (pair + 3) + W, last_key, PAGE)
+    mbarrier.wait(full.index(own), passed // 2 & 1)
+    if first_key + 64 > valid:
+        _zero_tail(as_words.index(own_stage), valid - first_key)
+        _zero_tail(as_words.index(own_stage + 4), valid - first_key)
+        fence_async_shared()
+        _barrier()
+    s = _scores(queries, q_rope, keys.index(own_stage), keys.index(own_stage + 4), ropes.index(own_stage), z, score)
+    mbarrier.wait(told_p.index(1 - W), other_parity)
+    m = maxima.index(1 - W).load(of_row)
+    own_m, l = _weigh(
+        s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights.index(own_buffer), maxima.index(W),
+        factors.index(2 * W + parity), told_p.index(W), CAUSAL,
+    )  # fmt: skip
+    o0, o1, o2, o3 = _rescale(factors.index(2 - 2 * W + other_parity).load(of_column), o0, o1, o2, o3)
+    o0, o1, o2, o3 = _add_values(pairs.index(other_stage + 4 * W), weights.index(other_buffer), o0, o1, o2, o3, operand)
+    _barrier()
+    _fill(
+        k_desc, r_desc, next_other, keys.index(other_stage + 4 * W), ropes.index(other_stage), full.index(other),
+        W * 256, W == 0, other_pair + 2 < last, PAGE,
+    )  # fmt: skip
+    o0, o1, o2, o3 = _rescale(factors.index(2 * W + parity).load(of_column), o0, o1, o2, o3)
+    o0, o1, o2, o3 = _add_values(pairs.index(own_stage + 4 * W), weights.index(own_buffer), o0, o1, o2, o3, operand)
+    _barrier()
+    _fill(
+        k_desc, r_desc, next_own, keys.index(own_stage + 4 * W), ropes.index(own_stage), full.index(own),
+        W * 256, W == 0, pair + 2 < last, PAGE,
+    )  # fmt: skip
+    return m, own_m, l, o0, o1, o2, o3, then_own, then_other
 
 
 @gluon.jit
@@ -128,7 +191,7 @@ def _attend(
 ):  # fmt: skip
     """One warpgroup, W = 0 the left half of the output, 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
-    BF16: gl.constexpr = DTYPE == gl.bfloat16
+    BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300 - the constant is DTYPE to ruff
     LN2: gl.constexpr = 0.6931471805599453
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -165,8 +228,10 @@ def _attend(
             for i in gl.static_range(4):
                 now = _tile_rows(table, 2 * first + i, last_key, PAGE)
                 stage = (2 * passed + i) % 4
-                wanted = first + i // 2 < last
-                _fill(k_desc, r_desc, now, keys.index(4 * W + stage), ropes.index(stage), full.index(stage), W, wanted, PAGE)
+                _fill(
+                    k_desc, r_desc, now, keys.index(4 * W + stage), ropes.index(stage), full.index(stage), W * 256,
+                    W == 0, first + i // 2 < last, PAGE,
+                )  # fmt: skip
             if CAUSAL:
                 sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
                 shortest = valid - q_len + 1 + (own_tile * 64) // heads
@@ -179,17 +244,14 @@ def _attend(
             o1 = gl.zeros([64, 64], gl.float32, output)
             o2 = gl.zeros([64, 64], gl.float32, output)
             o3 = gl.zeros([64, 64], gl.float32, output)
-            if W == 0:
-                next_own = _tile_rows(table, 2 * first + 4, last_key, PAGE)
-                next_other = _tile_rows(table, 2 * first + 5, last_key, PAGE)
-            else:
-                next_own = _tile_rows(table, 2 * first + 5, last_key, PAGE)
-                next_other = _tile_rows(table, 2 * first + 4, last_key, PAGE)
+            next_own = _tile_rows(table, 2 * first + 4 + W, last_key, PAGE)
+            next_other = _tile_rows(table, 2 * first + 5 - W, last_key, PAGE)
             mbarrier.wait(full_q, done & 1)
             if W == 0:
                 # The first tile's scores, before which there is nothing to do.
                 z = _same_for_warp(first * zero)
                 own_stage = _same_for_warp(first * zero + (2 * passed) % 4)
+                own_buffer = _same_for_warp(first * zero + (passed & 1))
                 mbarrier.wait(full.index((2 * passed) % 4), passed // 2 & 1)
                 if first * 128 + 64 > valid:
                     _zero_tail(as_words.index(own_stage), valid - first * 128)
@@ -199,84 +261,38 @@ def _attend(
                 s = _scores(
                     queries, q_rope, keys.index(own_stage), keys.index(own_stage + 4), ropes.index(own_stage), z, score
                 )
-                s = warpgroup_mma_wait(0, [s])
                 own_m, l = _weigh(
-                    s, m, m, l, first * 128, key, sight, shortest, scale_log2, weights, maxima, factors, told_p, W, CAUSAL
-                )
-                factor = factors.index(W).load(of_column)[None, :]
-                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
-                    pairs.index(own_stage), weights.index(z), factor, o0, o1, o2, o3, operand
-                )
-                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
+                    s, m, m, l, first * 128, key, sight, shortest, scale_log2, weights.index(own_buffer),
+                    maxima.index(W), factors.index(passed & 1), told_p.index(W), CAUSAL,
+                )  # fmt: skip
+                o0, o1, o2, o3 = _add_values(pairs.index(own_stage), weights.index(own_buffer), o0, o1, o2, o3, operand)
                 _barrier()
                 _fill(
                     k_desc, r_desc, next_own, keys.index(own_stage), ropes.index(own_stage),
-                    full.index((2 * passed) % 4), W, first + 2 < last, PAGE,
-                )
+                    full.index((2 * passed) % 4), 0, True, first + 2 < last, PAGE,
+                )  # fmt: skip
                 next_own = _tile_rows(table, 2 * first + 6, last_key, PAGE)
                 passed += 1
             else:
                 own_m = m
             for pair in range(first + 1 - W, last):
-                z = _same_for_warp(pair * zero)
-                own = (2 * passed + W) % 4
-                other = (2 * passed + 3) % 4 if W == 0 else (2 * passed) % 4
-                own_stage = _same_for_warp(pair * zero + own)
-                other_stage = _same_for_warp(pair * zero + other)
-                first_key = pair * 128 + W * 64
-                # The tile before this one's: of the pair before (left) or of this pair (right).
-                other_pair = pair - 1 + W
-                then_other = _tile_rows(table, 2 * (other_pair + 3) + 1 - W, last_key, PAGE)
-                then_own = _tile_rows(table, 2 * (pair + 3) + W, last_key, PAGE)
-                mbarrier.wait(full.index(own), passed // 2 & 1)
-                if first_key + 64 > valid:
-                    _zero_tail(as_words.index(own_stage), valid - first_key)
-                    _zero_tail(as_words.index(own_stage + 4), valid - first_key)
-                    fence_async_shared()
-                    _barrier()
-                s = _scores(
-                    queries, q_rope, keys.index(own_stage), keys.index(own_stage + 4), ropes.index(own_stage), z, score
-                )
-                mbarrier.wait(told_p.index(1 - W), (passed + 1 - W) & 1)
-                factor = factors.index(1 - W).load(of_column)[None, :]
-                m = maxima.index(1 - W).load(of_row)
-                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
-                    pairs.index(other_stage + 4 * W), weights.index(z + 1 - W), factor, o0, o1, o2, o3, operand
-                )
-                s, o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [s, o0, o1, o2, o3, a0, a1, a2, a3])
-                _barrier()
-                _fill(
-                    k_desc, r_desc, next_other, keys.index(other_stage + 4 * W), ropes.index(other_stage),
-                    full.index(other), W, other_pair + 2 < last, PAGE,
-                )
-                next_other = then_other
-                own_m, l = _weigh(
-                    s, m, own_m, l, first_key, key, sight, shortest, scale_log2, weights, maxima, factors, told_p, W,
-                    CAUSAL,
-                )
-                factor = factors.index(W).load(of_column)[None, :]
-                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
-                    pairs.index(own_stage + 4 * W), weights.index(z + W), factor, o0, o1, o2, o3, operand
-                )
-                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
-                _barrier()
-                _fill(
-                    k_desc, r_desc, next_own, keys.index(own_stage + 4 * W), ropes.index(own_stage),
-                    full.index(own), W, pair + 2 < last, PAGE,
-                )
-                next_own = then_own
+                m, own_m, l, o0, o1, o2, o3, next_own, next_other = _turn(
+                    W, pair, passed, zero, m, own_m, l, o0, o1, o2, o3, next_own, next_other, first, last, valid,
+                    last_key, table, k_desc, r_desc, queries, q_rope, keys, ropes, weights, maxima, factors, full,
+                    told_p, key, sight, shortest, scale_log2, operand, score, CAUSAL, PAGE,
+                )  # fmt: skip
                 passed += 1
             if W == 0:
                 # The last tile's values.
                 z = _same_for_warp(last * zero)
                 other_stage = _same_for_warp(last * zero + (2 * passed + 3) % 4)
                 mbarrier.wait(told_p.index(1), (passed + 1) & 1)
-                factor = factors.index(1).load(of_column)[None, :]
                 m = maxima.index(1).load(of_row)
-                o0, o1, o2, o3, a0, a1, a2, a3 = _add_values(
-                    pairs.index(other_stage), weights.index(z + 1), factor, o0, o1, o2, o3, operand
+                other_buffer = _same_for_warp(last * zero + 2 + ((passed + 1) & 1))
+                o0, o1, o2, o3 = _rescale(factors.index(2 + ((passed + 1) & 1)).load(of_column), o0, o1, o2, o3)
+                o0, o1, o2, o3 = _add_values(
+                    pairs.index(other_stage), weights.index(other_buffer), o0, o1, o2, o3, operand
                 )
-                o0, o1, o2, o3, a0, a1, a2, a3 = warpgroup_mma_wait(0, [o0, o1, o2, o3, a0, a1, a2, a3])
             else:
                 m = own_m
 
@@ -290,17 +306,19 @@ def _attend(
             # over a part.
             inverse = gl.where(l == 0.0, 0.0, kv_scale / l)
             inverse = gl.where(length > capacity, float("nan"), inverse)
-            lse = gl.where(l == 0.0, -float("inf"), m - 12.0 + gl.log2(l))
-            factors.index(W).store(inverse)
+            lse = gl.where(l == 0.0, -float("inf"), m - BASE + gl.log2(l))
+            factors.index(2 * W).store(inverse)
             _barrier()
-            factor = factors.index(W).load(of_column)[None, :]
+            factor = factors.index(2 * W).load(of_column)[None, :]
             # Through the keys' memory, a part that this warpgroup alone has read as values, so that rows are written
             # whole.
             wide = keys._reinterpret(gl.int32, [4, 64, 128], gl.NVMMASharedLayout(128, 32, rank=2)).index(2 * W)
             wide.slice(0, 64, 1).permute((1, 0)).store(_words(o0 * factor, o1 * factor, BF16))
             wide.slice(64, 64, 1).permute((1, 0)).store(_words(o2 * factor, o3 * factor, BF16))
             _barrier()
-            o_part = keys._reinterpret(DTYPE, [4, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2)).index(2 * W).load(plain)
+            o_part = (
+                keys._reinterpret(DTYPE, [4, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2)).index(2 * W).load(plain)
+            )
             fence_async_shared()
             out_row = gl.arange(0, 64, gl.SliceLayout(1, plain))
             out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, plain))
@@ -429,9 +447,9 @@ def _mla_decode_e4m3_many_kernel(
     q_rope = gl.allocate_shared_memory(CODE, [1, 64, 64], rope_codes)
     keys = gl.allocate_shared_memory(CODE, [8, 64, 256], codes)  # left halves of four tiles, right halves
     ropes = gl.allocate_shared_memory(CODE, [4, 64, 64], rope_codes)
-    weights = gl.allocate_shared_memory(gl.float16, [2, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    weights = gl.allocate_shared_memory(gl.float16, [4, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
-    factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    factors = gl.allocate_shared_memory(gl.float32, [4, 64], vector)
     sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     told_p = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

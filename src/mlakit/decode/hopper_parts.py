@@ -133,17 +133,16 @@ def _merge(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, number, tile, row_tiles, rows, heads,
     stride_os, stride_oh, too_long, FIRST: gl.constexpr, WIDTH: gl.constexpr, PIECES: gl.constexpr,
     ROWS: gl.constexpr, CHUNK: gl.constexpr, TILE: gl.constexpr, ONCE: gl.constexpr, FLAT: gl.constexpr,
-    WARPS: gl.constexpr = 4,
 ):  # fmt: skip
     """Merge this program's part, columns [FIRST, FIRST + WIDTH), of a tile of rows of a request: units of CHUNK columns
     of a row, ROWS of them and PIECES at a time. All loads of a thread are under way at once, of 8 columns each; the
     columns of a row lie side by side in a warp, and sums over pieces stay inside of it.
     """
-    OTHERS: gl.constexpr = 32 * WARPS // (CHUNK // 8)
+    OTHERS: gl.constexpr = 128 // (CHUNK // 8)
     ROW_WARPS: gl.constexpr = ROWS if ROWS < OTHERS else OTHERS  # noqa: FURB136 - what Triton compiles
     LANES: gl.constexpr = OTHERS // ROW_WARPS
     layout: gl.constexpr = gl.BlockedLayout(
-        [PIECES // LANES, ROWS // ROW_WARPS, 8], [LANES, 1, 32 // LANES], [1, ROW_WARPS, WARPS // ROW_WARPS], [2, 1, 0]
+        [PIECES // LANES, ROWS // ROW_WARPS, 8], [LANES, 1, 32 // LANES], [1, ROW_WARPS, 4 // ROW_WARPS], [2, 1, 0]
     )
     scores: gl.constexpr = gl.SliceLayout(2, layout)
     result: gl.constexpr = gl.SliceLayout(0, layout)

@@ -29,9 +29,9 @@ def _steps_of(length, capacity, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _load_lens(seq_lens_ptr, batch, BLOCK_B: gl.constexpr, WARPS: gl.constexpr = 4):
+def _load_lens(seq_lens_ptr, batch, BLOCK_B: gl.constexpr):
     """The lengths of all requests, in every warp: sums over them then need no barrier."""
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [WARPS], [0])
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [4], [0])
     requests = gl.arange(0, BLOCK_B, layout)
     return requests, gl.load(seq_lens_ptr + requests, mask=requests < batch, other=0)
 

@@ -87,6 +87,23 @@ def decode_out(
         out.copy_(result)
         lse.copy_(logs)
         return
+    if chosen == "hopper" and q.dtype == torch.float8_e4m3fn:
+        from mlakit.decode.hopper_fp8_launch import _launch_hopper_e4m3
+
+        _launch_hopper_e4m3(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            num_splits=num_splits,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
+        )
+        return
     if chosen == "hopper":
         from mlakit.decode.hopper_launch import _launch_hopper_decode
 

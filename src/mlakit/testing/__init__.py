@@ -1,5 +1,6 @@
 """What tests, `mlakit check` and the bench share: tolerances, random inputs, poison."""
 
+from mlakit.testing.e4m3 import eager_e4m3_lse as eager_e4m3_lse
 from mlakit.testing.inputs import PagedCache as PagedCache
 from mlakit.testing.inputs import PageTable as PageTable
 from mlakit.testing.inputs import random_page_table as random_page_table

@@ -1,0 +1,61 @@
+"""The Gluon kernels for e4m3 caches compiled for Hopper with no GPU, by the real launcher."""
+
+import re
+
+import pytest
+import torch
+
+from mlakit.decode.hopper_fp8_launch import _launch_hopper_e4m3
+from mlakit.testing.offline import CompiledKernel, offline
+from tests.decode.test_decode_hopper_compile import SHARED_LIMIT, loops
+
+pytestmark = pytest.mark.compiled
+
+E4M3 = torch.float8_e4m3fn
+
+
+def compile_e4m3(q_len: int, heads: int, page_size: int = 64, batch: int = 4) -> CompiledKernel:
+    with offline(90) as kernels:
+        _launch_hopper_e4m3(
+            torch.empty((batch, q_len, heads, 576), dtype=E4M3),
+            torch.empty((2, page_size, 576), dtype=E4M3),
+            torch.empty((batch, 8192 // page_size), dtype=torch.int32),
+            torch.empty(batch, dtype=torch.int32),
+            torch.empty((batch, q_len, heads, 512), dtype=torch.bfloat16),
+            torch.empty((batch, q_len, heads)),
+            softmax_scale=1.0,
+            causal=True,
+            num_splits=None,
+            q_scale=1.0,
+            kv_scale=1.0,
+        )
+    (kernel,) = kernels
+    return kernel
+
+
+def check_loop(body: list[str]) -> None:
+    """Scores straight from e4m3, values transposed on their way to registers, and nothing kept in memory."""
+    assert sum("QGMMA" in text for text in body) == 18
+    assert sum("HGMMA" in text for text in body) == 32
+    assert sum(bool(re.search(r"LDSM\S*\.MT", text)) for text in body) == 16
+    assert not any("STL" in text or "LDL" in text for text in body)
+
+
+# One tile of 16 rows for one request, and of four pages; 64 rows each of two warpgroups.
+@pytest.mark.parametrize(("q_len", "heads", "batch", "page_size"), [(1, 16, 1, 64), (2, 8, 4, 16)])
+def test_few_heads(q_len: int, heads: int, batch: int, page_size: int) -> None:
+    kernel = compile_e4m3(q_len, heads, page_size, batch)
+    assert kernel.name == "_mla_decode_e4m3_few_kernel"
+    assert 2 * (kernel.shared_bytes + 1024) <= SHARED_LIMIT + 1024  # two programs a multiprocessor
+    check_loop(loops(kernel.sass)[0])
+
+
+@pytest.mark.parametrize(("q_len", "heads"), [(1, 128), (2, 64)])
+def test_many_heads(q_len: int, heads: int) -> None:
+    kernel = compile_e4m3(q_len, heads)
+    assert kernel.name == "_mla_decode_e4m3_many_kernel"
+    assert kernel.shared_bytes <= SHARED_LIMIT
+    for body in loops(kernel.sass)[:2]:
+        check_loop(body)
+        # More of them would mean products that wait for one another.
+        assert sum("WARPGROUP.ARRIVE" in text for text in body) <= 24
