@@ -8,7 +8,9 @@ in parts where need be; who finishes a tile last adds up its parts, always in th
 # mypy: disallow-incomplete-defs=False
 # Triton gives kernel arguments their types.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -36,7 +38,8 @@ class LinearConfig:
 
     Attributes:
         block_n: rows of the weight in a tile.
-        block_k: columns of a step.
+        block_k: columns of a step: rows of 256 or 512 bytes. Of 128, what the memory gives at once, wo took 81 us, of
+            256 62 and of 512 61; for float8 always 256, two blocks of its scales.
         stages: steps that are under way at once.
         programs: among which the tiles are shared out.
     """
@@ -73,7 +76,7 @@ def _is_last(counter_ptr, count):
 @gluon.jit
 def _load_w(
     w0_desc, w1_desc, w_s, full, unit, slot, wanted, tiles0, steps, w_step, BN: gl.constexpr, BK: gl.constexpr,
-    BYTES: gl.constexpr, TWO: gl.constexpr,
+    BYTES: gl.constexpr, TWO: gl.constexpr, HEAD_TILES: gl.constexpr,
 ):  # fmt: skip
     tile = unit // steps
     col = unit % steps * BK
@@ -85,12 +88,13 @@ def _load_w(
         row1 = (tile - tiles0) * BN
         tma.async_copy_global_to_shared(w1_desc, [row1, col], bar, w_s.index(slot), pred=wanted & (tile >= tiles0))
     else:
-        tma.async_copy_global_to_shared(w0_desc, [tile * w_step, col], bar, w_s.index(slot), pred=wanted)
+        row = tile // HEAD_TILES * w_step + tile % HEAD_TILES * BN
+        tma.async_copy_global_to_shared(w0_desc, [row, col], bar, w_s.index(slot), pred=wanted)
 
 
 @gluon.jit
-def _load_x(x_desc, x_s, full, unit, slot, wanted, steps, x_step, BK: gl.constexpr):
-    col = unit % steps * BK + unit // steps * x_step
+def _load_x(x_desc, x_s, full, unit, slot, wanted, steps, x_step, BK: gl.constexpr, HEAD_TILES: gl.constexpr):
+    col = unit % steps * BK + unit // steps // HEAD_TILES * x_step
     tma.async_copy_global_to_shared(x_desc, [0, col], full.index(slot), x_s.index(slot), pred=wanted)
 
 
@@ -136,12 +140,33 @@ def _add_parts(
     return gl.convert_layout(gl.sum(gl.where((part <= high)[:, None, None], some, 0.0), 0), PRODUCT)
 
 
-@gluon.jit(do_not_specialize=["rows", "n0", "n1", "tiles0", "tiles", "steps", "w_step", "x_step"])
+@gluon.jit
+def _scales(
+    x_scale_ptrs, scales0_ptr, scales1_ptr, unit, tiles0, steps, blocks, BN: gl.constexpr, TWO: gl.constexpr
+):  # fmt: skip
+    """The scales of a unit's two blocks of 128 columns, x's times w's."""
+    tile = unit // steps
+    block = unit % steps * 2
+    ptr = scales0_ptr + tile * BN // 128 * blocks
+    if TWO:
+        ptr = gl.where(tile < tiles0, ptr, scales1_ptr + (tile - tiles0) * BN // 128 * blocks)
+    second = gl.minimum(block + 1, blocks - 1)  # of a last step that has but one, the products are zeros
+    return gl.load(x_scale_ptrs + block) * gl.load(ptr + block), gl.load(x_scale_ptrs + second) * gl.load(ptr + second)
+
+
+@gluon.jit
+def _multiply_block(w, x, FIRST: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, PRODUCT: gl.constexpr):
+    some_w, some_x = w.slice(FIRST, 128, 1), x.slice(FIRST, 128, 1)
+    zeros = gl.zeros([BN, BM], gl.float32, PRODUCT)
+    return warpgroup_mma(some_w, some_x.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["rows", "n0", "n1", "tiles0", "tiles", "steps", "blocks", "w_step", "x_step"])
 def _linear_kernel(
     x_desc, w0_desc, w1_desc, x_scales_ptr, scales0_ptr, scales1_ptr, out0_ptr, out1_ptr, partial_ptr, counter_ptr,
-    rows, n0, n1, tiles0, tiles, steps, w_step, x_step, stride_o0, stride_o1, BN: gl.constexpr, BM: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr, PARTS: gl.constexpr, OVERLAP: gl.constexpr,
-    num_warps: gl.constexpr,
+    rows, n0, n1, tiles0, tiles, steps, blocks, w_step, x_step, stride_o0, stride_o1, BN: gl.constexpr,
+    BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr, HEAD_TILES: gl.constexpr,
+    PARTS: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
@@ -162,17 +187,17 @@ def _linear_kernel(
     end = (program + 1) * units // programs
     for i in gl.static_range(STAGES):
         unit = begin + i
-        _load_w(w0_desc, w1_desc, w_s, full, unit, i, unit < end, tiles0, steps, w_step, BN, BK, BYTES, TWO)
+        _load_w(w0_desc, w1_desc, w_s, full, unit, i, unit < end, tiles0, steps, w_step, BN, BK, BYTES, TWO, HEAD_TILES)
     let_next_kernel_begin()
     if OVERLAP:
         wait_for_kernel_before()
     for i in gl.static_range(STAGES):
-        _load_x(x_desc, x_s, full, begin + i, i, begin + i < end, steps, x_step, BK)
+        _load_x(x_desc, x_s, full, begin + i, i, begin + i < end, steps, x_step, BK, HEAD_TILES)
     m = gl.arange(0, BM, gl.SliceLayout(0, product))
     n = gl.arange(0, BN, gl.SliceLayout(1, product))
     if BITS == 8:
-        x_scale_ptrs = x_scales_ptr + gl.minimum(m, rows - 1) * steps
-        next_scale = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, begin, tiles0, steps, BN, TWO)
+        x_scale_ptrs = x_scales_ptr + gl.minimum(m, rows - 1) * blocks
+        next0, next1 = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, begin, tiles0, steps, blocks, BN, TWO)
     at = begin
     while at < end:
         tile = at // steps
@@ -182,24 +207,41 @@ def _linear_kernel(
         for unit in range(at, stop):
             slot = (unit - begin) % STAGES
             if BITS == 8:
-                scale = next_scale
-                following = gl.minimum(unit + 1, end - 1)
-                next_scale = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, following, tiles0, steps, BN, TWO)
+                scale0, scale1 = next0, next1
+                after = gl.minimum(unit + 1, end - 1)
+                next0, next1 = _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, after, tiles0, steps, blocks, BN, TWO)
             mbarrier.wait(full.index(slot), (unit - begin) // STAGES & 1)
             if BITS == 8:
-                # A sum of 128 products, as long as the scales hold, then into the sum of float32.
-                one = gl.zeros([BN, BM], gl.float32, product)
-                one = warpgroup_mma(w_s.index(slot), x_s.index(slot).permute((1, 0)), one, use_acc=False, is_async=True)
-                one = warpgroup_mma_wait(0, [one])
+                # Sums of 128 products, as long as the scales hold, then into the sum of float32.
+                sum0 = _multiply_block(w_s.index(slot), x_s.index(slot), 0, BN, BM, product)
+                sum1 = _multiply_block(w_s.index(slot), x_s.index(slot), 128, BN, BM, product)
+                sum0, sum1 = warpgroup_mma_wait(0, [sum0, sum1])
             else:
                 acc = warpgroup_mma(w_s.index(slot), x_s.index(slot).permute((1, 0)), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, [acc])
             barrier()
             more = unit + STAGES
-            _load_w(w0_desc, w1_desc, w_s, full, more, slot, more < end, tiles0, steps, w_step, BN, BK, BYTES, TWO)
-            _load_x(x_desc, x_s, full, more, slot, more < end, steps, x_step, BK)
+            _load_w(
+                w0_desc,
+                w1_desc,
+                w_s,
+                full,
+                more,
+                slot,
+                more < end,
+                tiles0,
+                steps,
+                w_step,
+                BN,
+                BK,
+                BYTES,
+                TWO,
+                HEAD_TILES,
+            )
+            _load_x(x_desc, x_s, full, more, slot, more < end, steps, x_step, BK, HEAD_TILES)
             if BITS == 8:
-                acc += one * scale[None, :]
+                acc += sum0 * scale0[None, :]
+                acc += sum1 * scale1[None, :]
         if (stop == first + steps) & (at == first):
             _store(acc, out0_ptr, out1_ptr, tile, tiles0, rows, n0, n1, stride_o0, stride_o1, BN, TWO)
         elif PARTS > 1:
@@ -213,17 +255,6 @@ def _linear_kernel(
                 acc = _add_parts(partial_ptr, low, high, first, units, programs, BN, BM, PARTS, product)
                 _store(acc, out0_ptr, out1_ptr, tile, tiles0, rows, n0, n1, stride_o0, stride_o1, BN, TWO)
         at = stop
-
-
-@gluon.jit
-def _scales(x_scale_ptrs, scales0_ptr, scales1_ptr, unit, tiles0, steps, BN: gl.constexpr, TWO: gl.constexpr):
-    """The scales of a unit's block, each x's times w's."""
-    tile = unit // steps
-    step = unit % steps
-    ptr = scales0_ptr + tile * BN // 128 * steps
-    if TWO:
-        ptr = gl.where(tile < tiles0, ptr, scales1_ptr + (tile - tiles0) * BN // 128 * steps)
-    return gl.load(x_scale_ptrs + step) * gl.load(ptr + step)
 
 
 _LAUNCHES = Launches(_linear_kernel)
@@ -250,16 +281,29 @@ def why_not_linear(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     return None
 
 
+# A head in two halves, two programs a multiprocessor, and all of a program's loads under way at once.
+BY_HEAD = LinearConfig(64, 256, 2, 0)
+
+
+@lru_cache(1024)
 def linear_config(n: int, k: int, bits: int, units: int) -> LinearConfig:
-    """The launch for a weight [n, k] on a device of so many multiprocessors."""
-    return LinearConfig(64, 128, 8, units) if bits == 16 else LinearConfig(128, 128, 8, units)
+    """The launch for weights of n rows in all, and k columns, on a device of so many multiprocessors."""
+    # A program adds up to 8 parts of a tile in its registers, of tiles of 128 rows up to 4.
+    tiles = -(-n // 64)
+    if bits == 8 and tiles >= units // 2:
+        return LinearConfig(128, 256, 4, units)
+    if bits == 8:
+        return LinearConfig(64, 256, 7, min(units, 7 * tiles))
+    if 0.8 * units <= tiles <= units:  # no tile in parts
+        return LinearConfig(64, 256, 4, tiles)
+    return LinearConfig(64, 128, 8, min(units, 7 * tiles))
 
 
 def launch_linear(
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
-    outs: tuple[torch.Tensor, ...],
-    scales: tuple[torch.Tensor, ...] = (),
+    weights: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor] = (),
     *,
     overlap: bool = False,
     config: LinearConfig | None = None,
@@ -275,15 +319,11 @@ def launch_linear(
             that one nor one that it overlaps with may write to them.
         config: None takes `linear_config`'s.
     """
-    w0, w1 = weights[0], weights[-1]
-    k, two = x.shape[1], len(weights) == 2
-    bits = x.element_size() * 8
+    columns = (weights[0].shape[0], weights[1].shape[0] if len(weights) == 2 else 0)
     if config is None:
-        config = linear_config(sum(w.shape[0] for w in weights), k, bits, device_info(x.device).units)
-    block_n = config.block_n
-    tiles0, tiles1 = (triton.cdiv(w.shape[0], block_n) for w in (w0, w1))
-    _launch(x, w0, w1, outs, scales, (w0.shape[0], w1.shape[0]), tiles0, tiles0 + (tiles1 if two else 0),
-            triton.cdiv(k, config.block_k), block_n, 0, overlap, config)  # fmt: skip
+        units = device_info(x.device).units
+        config = linear_config(sum(columns), x.shape[1], x.element_size() * 8, units)
+    _launch(x, weights, outs, scales, _work(columns, x.shape[1], config), overlap)
 
 
 def launch_by_head(
@@ -291,74 +331,95 @@ def launch_by_head(
 ) -> None:
     """Each head of x [rows, heads, k] times its own weight, w [heads, 128, k], into out [rows, heads, 128].
 
-    x's rows and out's are contiguous; w's heads lie any whole number of its rows apart; k is a multiple of 128.
+    x's rows and out's are contiguous; w's heads lie any whole number of its rows apart; k is a multiple of 256.
     `overlap` as `launch_linear`'s.
     """
-    _, heads, k = x.shape
+    rows, heads, k = x.shape
     n, step = w.shape[1], w.stride(0) // w.stride(1)
     if config is None:
-        config = LinearConfig(128, 64, 5, heads)
+        config = BY_HEAD
     flat = w.as_strided(((heads - 1) * step + n, k), (w.stride(1), 1))
-    out = out.flatten(1)
-    _launch(x.flatten(1), flat, flat, (out,), (), (heads * n, 0), heads, heads, k // config.block_k, step, k, overlap,
-            config)  # fmt: skip
+    head_tiles = n // config.block_n
+    tiles = heads * head_tiles
+    work = _Work(config, (heads * n, 0), tiles, tiles, k // config.block_k, 0, step, k, tiles, 1, head_tiles)
+    _launch(x.view(rows, heads * k), (flat,), (out.view(rows, heads * n),), (), work, overlap)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a launch does, beside how: numbers of the kernel's arguments, and into how many parts a tile is cut."""
+
+    config: LinearConfig
+    columns: tuple[int, int]
+    tiles0: int
+    tiles: int
+    steps: int
+    blocks: int
+    w_step: int
+    x_step: int
+    programs: int
+    parts: int
+    head_tiles: int = 1
+
+
+@lru_cache(1024)
+def _work(columns: tuple[int, int], k: int, config: LinearConfig) -> _Work:
+    tiles0, tiles1 = (-(-n // config.block_n) for n in columns)
+    tiles, steps = tiles0 + tiles1, -(-k // config.block_k)
+    units = tiles * steps
+    programs = min(config.programs, units)
+    parts = max(
+        ((first + steps) * programs - 1) // units - ((first + 1) * programs - 1) // units + 1
+        for first in range(0, units, steps)
+    )
+    return _Work(config, columns, tiles0, tiles, steps, -(-k // 128), config.block_n, 0, programs, parts)
 
 
 def _launch(
     x: torch.Tensor,
-    w0: torch.Tensor,
-    w1: torch.Tensor,
-    outs: tuple[torch.Tensor, ...],
-    scales: tuple[torch.Tensor, ...],
-    columns: tuple[int, int],
-    tiles0: int,
-    tiles: int,
-    steps: int,
-    w_step: int,
-    x_step: int,
+    weights: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    work: _Work,
     overlap: bool,
-    config: LinearConfig,
 ) -> None:
-    rows, device = x.shape[0], x.device
+    config, device, out = work.config, x.device, outs[0]
+    rows = x.shape[0]
     block_m = 16 if rows <= 16 else 32
-    programs = min(config.programs, tiles * steps)
-    parts = _most_parts(tiles, steps, programs)
-    out0, out1 = outs[0], outs[-1]
-    partial = counter = out0  # never touched if no tile is in parts
-    if parts > 1:
-        partial = torch.empty(2 * programs * config.block_n * block_m, dtype=torch.float32, device=device)
-        counter = counters(device, tiles)
-    x_scales, scales0, scales1 = (scales[0], scales[1], scales[-1]) if scales else (out0, out0, out0)
+    partial = counter = out  # never touched if no tile is in parts
+    if work.parts > 1:
+        partial = torch.empty(2 * work.programs * config.block_n * block_m, dtype=torch.float32, device=device)
+        counter = counters(device, work.tiles)
+    loads = [descriptor_of_rows(w, config.block_n, config.block_k) for w in weights]
+    x_scales, *w_scales = scales or (out, out)
     tensors = (
-        descriptor_of_rows(x, block_m, config.block_k),
-        descriptor_of_rows(w0, config.block_n, config.block_k),
-        descriptor_of_rows(w1, config.block_n, config.block_k),
-        x_scales, scales0, scales1, out0, out1, partial, counter,
+        descriptor_of_rows(x, block_m, config.block_k), loads[0], loads[-1], x_scales, w_scales[0], w_scales[-1],
+        out, outs[-1], partial, counter,
     )  # fmt: skip
-    key = (
-        x.shape, x.dtype, w0.shape, w1.shape, columns, tiles, steps, w_step, x_step, out0.stride(0), out1.stride(0),
-        out0.dtype, len(outs), overlap, config,
-    )  # fmt: skip
+    strides = (out.stride(0), outs[-1].stride(0))
+    key = (work, x.shape, x.dtype, out.dtype, strides, overlap)
     if x.is_cuda and _LAUNCHES.again(key, device, tensors):
         return
-    numbers = (rows, *columns, tiles0, tiles, steps, w_step, x_step, out0.stride(0), out1.stride(0))
+    numbers = (
+        rows,
+        *work.columns,
+        work.tiles0,
+        work.tiles,
+        work.steps,
+        work.blocks,
+        work.w_step,
+        work.x_step,
+        *strides,
+    )
     constants = {
         "BN": config.block_n,
         "BM": block_m,
         "BK": config.block_k,
         "STAGES": config.stages,
         "TWO": len(outs) == 2,
-        "PARTS": triton.next_power_of_2(parts),
+        "HEAD_TILES": work.head_tiles,
+        "PARTS": triton.next_power_of_2(work.parts),
         "OVERLAP": overlap,
         "num_warps": 4,
     }
-    _LAUNCHES.first(key, device, (programs, 1, 1), tensors, numbers, constants, launch_pdl=overlap)
-
-
-def _most_parts(tiles: int, steps: int, programs: int) -> int:
-    """In how many parts the kernel's sharing out cuts a tile at most."""
-    units = tiles * steps
-    return max(
-        ((first + steps) * programs - 1) // units - ((first + 1) * programs - 1) // units + 1
-        for first in range(0, units, steps)
-    )
+    _LAUNCHES.first(key, device, (work.programs, 1, 1), tensors, numbers, constants, launch_pdl=overlap)

@@ -9,6 +9,7 @@ from mlakit.testing import poison_
 from tests.support.layers import make_layers, random_x
 
 pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
 
 # DeepSeek-V3's heads; a hidden state and a low rank that are no multiples of a tile.
 ARGS = {
@@ -56,9 +57,12 @@ def _filled(layer, bsz: int, before: int, **given):
 
 
 # One token, few, as many as the narrower product takes, one more, as many as there may be; several tokens a request.
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bsz", "seqlen"), [(1, 1), (3, 1), (16, 1), (17, 1), (32, 1), (5, 3), (16, 2)])
-def test_against_float64(dtype, bsz, seqlen, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("bsz", "seqlen", "dtype"),
+    [(1, 1, BF16), (16, 1, BF16), (17, 1, BF16), (32, 1, BF16), (5, 3, BF16), (3, 1, torch.float16)],
+    ids=str,
+)
+def test_against_float64(bsz, seqlen, dtype, calls, monkeypatch):
     layer = make_layers(dtype, device="cuda", impls=("fused",), **ARGS)["fused"]
     exact = make_layers(device="cuda", impls=("absorb",), **ARGS)["absorb"]
     exact.load_state_dict(layer.state_dict())
@@ -80,7 +84,7 @@ def test_against_float64(dtype, bsz, seqlen, calls, monkeypatch):
 
 
 def test_other_lengths_under_a_cuda_graph(calls):
-    layer = make_layers(torch.bfloat16, device="cuda", impls=("fused",), **ARGS)["fused"]
+    layer = make_layers(BF16, device="cuda", impls=("fused",), **ARGS)["fused"]
     freqs, cache = layer.precompute_freqs_cis(), _filled(layer, 4, 200)
     x, start = random_x(layer, 4, 1), torch.tensor([200, 17, 64, 0], device="cuda")
     layer(x, start, freqs, None, cache)
@@ -100,12 +104,12 @@ def test_other_lengths_under_a_cuda_graph(calls):
 
 
 def test_a_float8_cache(calls):
-    layer = make_layers(torch.bfloat16, device="cuda", impls=("fused",), cache_dtype="fp8", **ARGS)["fused"]
+    layer = make_layers(BF16, device="cuda", impls=("fused",), cache_dtype="fp8", **ARGS)["fused"]
     cache, freqs = _filled(layer, 2, 130), layer.precompute_freqs_cis()
     x = random_x(layer, 2, 1)
     found = layer(x, 130, freqs[130:131], None, cache)
     assert len(calls) == 1
-    plain = make_layers(torch.bfloat16, device="cuda", impls=("fused",), **ARGS)["fused"]
+    plain = make_layers(BF16, device="cuda", impls=("fused",), **ARGS)["fused"]
     plain.load_state_dict(layer.state_dict())
     torch.manual_seed(1)
     whole = plain.make_cache(2, 512)
@@ -115,7 +119,7 @@ def test_a_float8_cache(calls):
 
 
 def test_rows_that_begin_anywhere(calls):
-    layer = make_layers(torch.bfloat16, device="cuda", impls=("fused",), **ARGS)["fused"]
+    layer = make_layers(BF16, device="cuda", impls=("fused",), **ARGS)["fused"]
     cache, freqs = _filled(layer, 2, 30), layer.precompute_freqs_cis()
     x = random_x(layer, 2, 1)
     odd = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x)
@@ -127,9 +131,27 @@ def test_rows_that_begin_anywhere(calls):
     assert len(calls) == 3
 
 
+# Products of float8, and of weights that are dequantized first, which other kernels multiply.
+@pytest.mark.parametrize(("gemm_impl", "tokens"), [("fp8", 1), ("fp8", 20), ("bf16", 1)])
+def test_float8_weights(gemm_impl, tokens, calls):
+    args = {**ARGS, "dim": 1152, "q_lora_rank": 384}
+    layer = make_layers(BF16, device="cuda", impls=("fused",), dtype="fp8", gemm_impl=gemm_impl, **args)["fused"]
+    exact = make_layers(device="cuda", impls=("absorb",), dtype="fp8", **args)["absorb"]
+    exact.load_state_dict(layer.state_dict())
+    freqs, cache, kept = layer.precompute_freqs_cis(), layer.make_cache(tokens, 512), exact.make_cache(tokens, 512)
+    kept.pages.normal_()
+    cache.pages.copy_(kept.pages)
+    kept.filled = cache.filled = 130
+    x = random_x(exact, tokens, 1, BF16)
+    found = layer(x, 130, freqs[130:131], None, cache)
+    assert len(calls) == (gemm_impl == "fp8")
+    expected = exact(x.double(), 130, freqs[130:131], None, kept)
+    assert _error(found, expected) < (0.1 if gemm_impl == "fp8" else 0.03)
+
+
 def test_what_is_left_to_the_other_kernels(calls):
-    """A gradient, float8 weights, 33 tokens, few heads, other dims."""
-    layer = make_layers(torch.bfloat16, device="cuda", impls=("fused",), **ARGS)["fused"]
+    """A gradient, 33 tokens, few heads, other dims."""
+    layer = make_layers(BF16, device="cuda", impls=("fused",), **ARGS)["fused"]
     freqs = layer.precompute_freqs_cis()
     cache = _filled(layer, 11, 30)
     layer(random_x(layer, 11, 3), 30, freqs[30:33], "causal", cache)
@@ -137,8 +159,8 @@ def test_what_is_left_to_the_other_kernels(calls):
         x = random_x(layer, 1, 1).requires_grad_()
         layer(x, 33, freqs[33:34], None, cache).sum().backward()
     assert x.grad is not None
-    for other in ({"n_heads": 16}, {"dtype": "fp8"}, {"qk_nope_head_dim": 64}):
-        layer = make_layers(torch.bfloat16, device="cuda", impls=("fused",), **{**ARGS, **other})["fused"]
+    for other in ({"n_heads": 16}, {"qk_nope_head_dim": 64}):
+        layer = make_layers(BF16, device="cuda", impls=("fused",), **{**ARGS, **other})["fused"]
         cache = _filled(layer, 1, 30)
-        layer(random_x(layer, 1, 1, torch.bfloat16), 30, freqs[30:31], None, cache)
+        layer(random_x(layer, 1, 1, BF16), 30, freqs[30:31], None, cache)
     assert not calls

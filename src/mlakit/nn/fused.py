@@ -10,8 +10,10 @@ from mlakit.nn import hopper_step
 from mlakit.nn.branch import Branch
 from mlakit.nn.caches import LatentCache, join_key
 from mlakit.nn.flash import attend_in_parts, batched_attention, has_kernel, refuse_mask
+from mlakit.nn.linear import Linear
 from mlakit.nn.project import rotate_query, wants_grad
 from mlakit.nn.step import Step
+from mlakit.quant import act_quant
 from mlakit.sparse import mla_sparse_decode
 
 if TYPE_CHECKING:
@@ -29,7 +31,11 @@ CONTEXT_TOKENS = 8192
 def forward(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
     """[bsz, seqlen, dim] to the same."""
     refuse_mask(layer.attn_impl, step)
-    if hopper_step.suits(layer, x, step) and _absorbs(step) and not wants_grad(x, *layer.parameters()):
+    if (
+        hopper_step.suits(layer, x, step)
+        and _absorbs(step)
+        and not (torch.is_grad_enabled() and wants_grad(x, *layer.parameters()))
+    ):
         return _step_on_hopper(layer, x, step)
     return layer.wo(_attend(layer, x, step))
 
@@ -92,55 +98,79 @@ def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step
         raise ValueError(
             "fused has no gradient where start_pos is a tensor; call it under torch.no_grad(), or give a number"
         )
-    up_k, up_v = layer.up_projections(q.dtype)
     tokens, heads, rank = step.bsz * step.seqlen, args.n_heads, args.kv_lora_rank
-    q_nope, q_pe = q.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
-    absorbed = q.new_empty(step.bsz, step.seqlen, heads, args.latent_dim)
-    by_head = absorbed.view(tokens, heads, args.latent_dim)[..., :rank].transpose(0, 1)
+    up_k, up_v = layer.up_projections(q.dtype)
+    absorbed = _absorb(q, up_k, step, branch)
     with branch.inside():
-        step.rotate(q_pe, out=absorbed[..., rank:])
         seq_lens = step.seq_lens(q.device)
-    _bmm(q_nope.reshape(tokens, heads, -1).transpose(0, 1), up_k, by_head)
     branch.join()
-
     out = _attend_to_latent(absorbed, cache, step, seq_lens, layer.softmax_scale)
     result = q.new_empty(tokens, heads, args.v_head_dim)
     _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
     return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
 
 
+def _absorb(q: torch.Tensor, up_k: torch.Tensor, step: Step, branch: Branch) -> torch.Tensor:
+    """Queries [bsz, seqlen, heads, qk_head_dim] to [bsz, seqlen, heads, latent_dim]; the branch rotates them."""
+    heads, nope, rank = up_k.shape
+    q_nope, q_pe = q.split((nope, q.shape[-1] - nope), dim=-1)
+    absorbed = q.new_empty(step.bsz, step.seqlen, heads, rank + q_pe.shape[-1])
+    with branch.inside():
+        step.rotate(q_pe, out=absorbed[..., rank:])
+    by_head = absorbed.flatten(0, 1)[..., :rank].transpose(0, 1)
+    _bmm(q_nope.flatten(0, 1).transpose(0, 1), up_k, by_head)
+    return absorbed
+
+
 def _step_on_hopper(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> torch.Tensor:
-    """The same, and the output's projection, by kernels that load their weights while the one before still runs."""
-    from mlakit.hopper_linear import launch_by_head, launch_linear
+    """The same, from hidden state to hidden state, by kernels that load their weights while the one before still runs.
+
+    The first of them does not, so that whoever wrote to the weights is done.
+    """
+    from mlakit.hopper_linear import launch_by_head
     from mlakit.nn.hopper_query import launch_query
 
     cache, args = step.cache, layer.args
     assert isinstance(cache, LatentCache)
     bsz, seqlen, heads = step.bsz, step.seqlen, args.n_heads
     tokens = bsz * seqlen
-    rows = x.contiguous().view(tokens, args.dim)
-    if rows.data_ptr() % 16:
-        rows = rows.clone()
-    low, kv = x.new_empty(tokens, args.q_lora_rank), x.new_empty(tokens, args.latent_dim)
-    launch_linear(rows, (layer.wq_a.weight, layer.wkv_a.weight), (low, kv))
+    low, kv = _project(x.contiguous().view(tokens, args.dim), layer.wq_a, layer.wkv_a)
     branch = Branch(x.device)
     with branch.inside():
         _append(layer, kv.unflatten(0, (bsz, seqlen)), step)
         seq_lens = step.seq_lens(x.device)
     up_k, up_v = layer.up_projections(x.dtype)
-    absorbed = x.new_empty(tokens, heads, args.latent_dim)
-    positions = None if step.positions is None else step.positions.flatten()
-    launch_query(
-        low, layer.q_norm.weight, layer.wq_b.weight, up_k, step.cos, step.sin, positions, absorbed, q_len=seqlen,
-        eps=args.eps,
-    )  # fmt: skip
+    if layer.wq_b.is_fp8:
+        (q,) = _project(layer.q_norm(low), layer.wq_b, overlap=True)
+        absorbed = _absorb(q.view(bsz, seqlen, heads, args.qk_head_dim), up_k, step, branch)
+    else:
+        absorbed = x.new_empty(bsz, seqlen, heads, args.latent_dim)
+        positions = None if step.positions is None else step.positions.flatten()
+        launch_query(
+            low, layer.q_norm.weight, layer.wq_b.weight, up_k, step.cos, step.sin, positions, absorbed.flatten(0, 1),
+            q_len=seqlen, eps=args.eps,
+        )  # fmt: skip
     branch.join()
-    latent = _attend_to_latent(absorbed.unflatten(0, (bsz, seqlen)), cache, step, seq_lens, layer.softmax_scale)
+    latent = _attend_to_latent(absorbed, cache, step, seq_lens, layer.softmax_scale)
     values = x.new_empty(tokens, heads, args.v_head_dim)
     launch_by_head(latent.flatten(0, 1), up_v, values, overlap=True)
-    out = x.new_empty(tokens, args.dim)
-    launch_linear(values.flatten(1), (layer.wo.weight,), (out,), overlap=True)
+    (out,) = _project(values.flatten(1), layer.wo, overlap=True)
     return out.view(bsz, seqlen, args.dim)
+
+
+def _project(x: torch.Tensor, *maps: Linear, overlap: bool = False) -> list[torch.Tensor]:
+    """Rows of x through one linear map or two."""
+    from mlakit.hopper_linear import launch_linear
+
+    outs = [x.new_empty(x.shape[0], linear.out_features) for linear in maps]
+    weights, scales = [linear.weight for linear in maps], []
+    if maps[0].is_fp8:
+        x, x_scales = act_quant(x, scale_fmt=maps[0].scale_fmt)
+        scales = [x_scales, *[linear.scale for linear in maps]]
+    elif x.data_ptr() % 16:  # what bulk loads cannot read
+        x = x.clone()
+    launch_linear(x, weights, outs, scales, overlap=overlap)
+    return outs
 
 
 def _attend_to_latent(

@@ -23,12 +23,12 @@ def suits(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> boo
         x.is_cuda
         and x.shape[0] * x.shape[1] <= MOST_TOKENS
         and x.dtype in (torch.bfloat16, torch.float16)
-        and not layer.wkv_a.is_fp8
+        and (not layer.wkv_a.is_fp8 or (args.gemm_impl == "fp8" and args.dim % 128 == args.q_lora_rank % 128 == 0))
         and (args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim, args.kv_lora_rank) == (128, 64, 128, 512)
         and args.n_heads >= LEAST_HEADS
-        and args.dim % 64 == 0
-        and args.q_lora_rank >= 384
-        and args.q_lora_rank % 64 == 0
+        and args.dim % 8 == 0
+        and args.q_lora_rank > 256
+        and args.q_lora_rank % 8 == 0
         and type(step.cache) is LatentCache
         and (step.cos.dtype, step.cos.stride(1)) == (torch.float32, 2)  # of a complex table
         and not torch.compiler.is_compiling()
