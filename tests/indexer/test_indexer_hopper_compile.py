@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 
-from mlakit.indexer.hopper_config import HopperTopkConfig
 from mlakit.indexer.hopper_launch import (
     launch_indexer_logits_hopper,
     launch_indexer_logits_paged_hopper,
@@ -54,8 +53,8 @@ def check_products(kernel: CompiledKernel) -> None:
     assert re.fullmatch(r"PPPP(?:PPPPm+){2}m+", events), events
 
 
-# DeepSeek's heads without and with limits, half and twice as many.
-@pytest.mark.parametrize(("heads", "limited"), [(64, False), (64, True), (32, False), (128, True)])
+# DeepSeek's heads without limits, and twice as many with them.
+@pytest.mark.parametrize(("heads", "limited"), [(64, False), (128, True)])
 def test_logits(heads, limited):
     check_products(logits_kernel(4096, 8192, heads, limited))
 
@@ -75,12 +74,3 @@ def test_selections_fit_the_registers(rows, columns, resident):
     threads = 1024 if rows == 64 else 512
     assert kernel.registers * threads * resident <= 65536
     assert "ATOMS.POPC.INC" in kernel.sass  # what counts without a conflict
-
-
-def test_the_largest_held_row_compiles():
-    with offline(90) as compiled:
-        launch_select_topk_hopper(
-            torch.empty(5, 16384), 7, torch.empty(5, dtype=torch.int32), torch.empty(5, 7, dtype=torch.int32),
-            HopperTopkConfig(1024, 16, 0),
-        )  # fmt: skip
-    assert compiled[0].spills == 0
