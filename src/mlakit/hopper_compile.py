@@ -1,4 +1,4 @@
-"""Compiling a warp-specialized kernel so that ptxas knows that a warp stays together.
+"""Compiling a warp-specialized kernel so that ptxas knows that a warp stays together, and descriptors come early.
 
 Triton branches to its partitions by the number of the warp, which it makes uniform by a shuffle; ptxas folds that
 shuffle away, and then takes all that follows for divergent: matrix descriptors are computed in vector registers, four
@@ -24,6 +24,21 @@ def keep_warps_together(ptx: str) -> str:
     return _WARP_NUMBER.sub(r"\1redux.sync.max.u32 \4, \3, -1;", ptx, count=1)
 
 
+def fetch_descriptors(ptx: str) -> str:
+    """The same code with a request for each descriptor of bulk copies in front: the first copy through one then waits
+    for its data alone (1x128x8192: 0.6 us of 21.5).
+    """
+    params = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", ptx)
+    begin = re.search(r"\.entry .*?// %bb\.0:\n", ptx, re.DOTALL)
+    if not params or begin is None:
+        return ptx
+    requests = "".join(f"\t@one prefetch.param.tensormap [{param}];\n" for param in params)
+    return (
+        f"{ptx[: begin.end()]}\t{{\n\t.reg .pred one; .reg .u32 thread;\n"
+        f"\tmov.u32 thread, %tid.x;\n\tsetp.eq.u32 one, thread, 0;\n{requests}\t}}\n{ptx[begin.end() :]}"
+    )
+
+
 class _Hook:
     """What Triton calls when it compiles: without arguments for the key of its cache, else to change the stages."""
 
@@ -38,7 +53,7 @@ class _Hook:
             self._before(*args, **kwargs)
         stages = args[1] if len(args) > 1 else kwargs["stages"]
         to_ptx: Callable[[Any, Any], str] = stages["ptx"]
-        stages["ptx"] = lambda source, metadata: keep_warps_together(to_ptx(source, metadata))
+        stages["ptx"] = lambda source, metadata: fetch_descriptors(keep_warps_together(to_ptx(source, metadata)))
         return None
 
 

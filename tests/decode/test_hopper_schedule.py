@@ -55,8 +55,12 @@ class _Pointer:
 
 def _in_python() -> dict[str, Any]:
     names: dict[str, Any] = {"gl": _Gluon}
-    for name in ("_add", "_steps_of", "_load_lens", "_share_out", "_share_out_one", "_piece", "_partial_at"):
-        names[name] = types.FunctionType(getattr(hopper_schedule, name).fn.__code__, names)
+    for name in (
+        "_add", "_steps_of", "_load_lens", "_share_out", "_share_out_one", "_part", "_piece", "_piece_of_one",
+        "_partial_at",
+    ):  # fmt: skip
+        function = getattr(hopper_schedule, name).fn
+        names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
     return names
 
 
@@ -76,9 +80,13 @@ def divide(lens: list[int], capacity: int, plan: HopperPlan, config: HopperConfi
             shares = _SCHEDULE["_share_out"](*all_lens, slot, plan.slots, len(lens), *sizes)
         begin, end, aligned, pieces, share, before = shares
         for item in range(int(begin), int(end)):
-            request, _, steps, first, last, number, count, base = _SCHEDULE["_piece"](
-                np.int64(item), before, slot, aligned, pieces, share, _Pointer(lens), capacity, config.step
-            )
+            if len(lens) == 1:
+                piece = _SCHEDULE["_piece_of_one"](np.int64(item), pieces, np.int64(lens[0]), capacity, config.step)
+            else:
+                piece = _SCHEDULE["_piece"](
+                    np.int64(item), before, slot, aligned, pieces, share, _Pointer(lens), capacity, config.step
+                )
+            request, _, steps, first, last, number, count, base = piece
             if first < last:
                 place = _SCHEDULE["_partial_at"](base, number, aligned)
                 found.append(tuple(int(x) for x in (slot, request, first, last, number, count, place)))

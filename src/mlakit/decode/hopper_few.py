@@ -25,6 +25,7 @@ from mlakit.decode.hopper_parts import (
     _barrier,
     _copy_tile,
     _fetch_into_l2,
+    _fetch_table,
     _merge,
     _row_at,
     _same_for_warp,
@@ -32,7 +33,7 @@ from mlakit.decode.hopper_parts import (
     _uniform,
     _zero_tail,
 )
-from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _piece_of_one, _share_out, _share_out_one
 
 
 @gluon.jit
@@ -84,6 +85,7 @@ def _mla_decode_few_kernel(
         _fetch_into_l2(table_ptr, capacity // PAGE * 4)
     else:
         requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+        _fetch_table(table_ptr, batch * stride_tb * 4)
     queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_R, 256], matrix)
     q_rope = gl.allocate_shared_memory(DTYPE, [1, BLOCK_R, 64], matrix)
     keys = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 64, 256], matrix)
@@ -97,8 +99,9 @@ def _mla_decode_few_kernel(
     fence_async_shared()
     _barrier()
     if BLOCK_B == 1:
+        only_length = _uniform(length_of_all)
         begin, end, aligned, pieces, share, start_before = _share_out_one(
-            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 64, LEAST
+            only_length, slot, splits, most_pieces, slot_items, capacity, 64, LEAST
         )
     else:
         begin, end, aligned, pieces, share, start_before = _share_out(
@@ -114,9 +117,14 @@ def _mla_decode_few_kernel(
     done = slot * 0
     before = start_before
     for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
-        )
+        if BLOCK_B == 1:
+            request, length, steps, first, last, number, count, base = _piece_of_one(
+                item, pieces, only_length, capacity, 64
+            )
+        else:
+            request, length, steps, first, last, number, count, base = _piece(
+                item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+            )
         if first < last:
             mbarrier.expect(full_q, BLOCK_R * 576 * 2)
             tma.async_copy_global_to_shared(q_desc, [request * rows, 0], full_q, queries.index(0))
@@ -250,9 +258,14 @@ def _mla_decode_few_kernel(
     # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
     before = start_before
     for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
-        )
+        if BLOCK_B == 1:
+            request, length, steps, first, last, number, count, base = _piece_of_one(
+                item, pieces, only_length, capacity, 64
+            )
+        else:
+            request, length, steps, first, last, number, count, base = _piece(
+                item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+            )
         if (first < last) & (count > 1):
             _await(counter_ptr + request)
             result = out_ptr + request.to(gl.int64) * stride_ob

@@ -33,14 +33,19 @@ from mlakit.decode.hopper_parts import (
     _barrier,
     _copy_tile,
     _fetch_into_l2,
+    _fetch_table,
+    _hear,
     _merge,
     _row_at,
     _same_for_warp,
+    _tell,
     _tile_rows,
     _uniform,
-    _zero_tail,
 )
 from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+
+# Barriers of both warpgroups; Triton's own have lower numbers.
+FIRST_MAX, BOTH_MAX, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS = (gl.constexpr(8 + i) for i in range(5))
 
 
 @gluon.jit
@@ -91,6 +96,18 @@ def _scores(
 
 
 @gluon.jit
+def _zero_tails(quarters, W: gl.constexpr, valid, zero):
+    """Set rows past the request's last one to zero in this warpgroup's halves of both tiles: 0 * NaN would not be 0.
+    From `zero` on, so that the loop stays one: unrolled it is half of the code between one pair of tiles and the next.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    for i in range(zero, 8):
+        some = quarters.index(W * 4 + i // 4 * 8 + i % 4)
+        some.store(gl.where(row[:, None] < valid - i // 4 * 64, some.load(layout), 0.0))
+
+
+@gluon.jit
 def _finite(m, CAUSAL: gl.constexpr):
     """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
     if CAUSAL:
@@ -103,7 +120,8 @@ def _attend(
     W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
     partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
     batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
-    queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
+    queries, keys, ropes, first_weights, second_weights, first_max, both_max, first_sum, second_sum,
+    full, full_q,
     CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, W = 0 the left one and 1 the right one, over all pieces of its slot."""
@@ -174,16 +192,9 @@ def _attend(
                 k_bl = keys.index(z + 2)
                 k_br = keys.index(z + 3)
                 if at + 128 > valid:
-                    if W == 0:
-                        mbarrier.wait(full.index(0), phase)
-                        _zero_tail(k_al, valid - at)
-                        mbarrier.wait(full.index(2), phase)
-                        _zero_tail(k_bl, valid - at - 64)
-                    else:
-                        mbarrier.wait(full.index(3), phase)
-                        _zero_tail(k_br, valid - at - 64)
-                        mbarrier.wait(full.index(1), phase)
-                        _zero_tail(k_ar, valid - at)
+                    mbarrier.wait(full.index(W), phase)
+                    mbarrier.wait(full.index(2 + W), phase)
+                    _zero_tails(keys._reinterpret(DTYPE, [16, 64, 64], keys.layout), W, valid - at, z)
                     fence_async_shared()
                     _barrier()
                 if W == 0:
@@ -191,23 +202,22 @@ def _attend(
                     if at + 64 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+                    first_max.store(m_new)
+                    _tell(FIRST_MAX, zero)
                     shift = _finite(m_new, CAUSAL)
                     factor = gl.exp2(m - shift)
-                    maxima.index(0).store(m_new)
-                    factors.index(0).store(factor)
-                    mbarrier.arrive(told_m, count=1)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     rounded = p.to(DTYPE)
                     own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_al, o, is_async=True)
-                    mbarrier.wait(told_s, phase)
-                    m = maxima.index(1).load(of_row)
-                    later = factors.index(1).load(of_row)
-                    weights.index(0).store((p * later[:, None]).to(DTYPE))
+                    _hear(BOTH_MAX)
+                    m = both_max.load(of_row)
+                    later = gl.exp2(m_new - _finite(m, CAUSAL))
+                    first_weights.store((p * later[:, None]).to(DTYPE))
                     fence_async_shared()
-                    mbarrier.arrive(told_p.index(0), count=1)
+                    _tell(FIRST_WEIGHTS, z)
                     l = l * later
                     o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
@@ -215,8 +225,8 @@ def _attend(
                         k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more, PAGE
                     )
                     o = o * gl.convert_layout(later, of_out_row)[:, None]
-                    mbarrier.wait(told_p.index(1), phase)
-                    o = warpgroup_mma(weights.index(1), k_bl, o, is_async=True)
+                    _hear(SECOND_WEIGHTS)
+                    o = warpgroup_mma(second_weights, k_bl, o, is_async=True)
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
                     _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more, PAGE)
@@ -225,27 +235,24 @@ def _attend(
                     if at + 128 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     own_max = gl.max(s, 1) * scale_log2
-                    mbarrier.wait(told_m, phase)
-                    m = maxima.index(0).load(of_row)
-                    earlier = factors.index(0).load(of_row)
-                    m_new = gl.maximum(m, own_max)
+                    _hear(FIRST_MAX)
+                    m_new = gl.maximum(first_max.load(of_row), own_max)
+                    both_max.store(m_new)
+                    _tell(BOTH_MAX, zero)
                     shift = _finite(m_new, CAUSAL)
-                    factor = gl.exp2(m - shift)
-                    maxima.index(1).store(m_new)
-                    factors.index(1).store(factor)
-                    mbarrier.arrive(told_s, count=1)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
                     rounded = p.to(DTYPE)
-                    weights.index(1).store(rounded)
+                    second_weights.store(rounded)
                     fence_async_shared()
-                    mbarrier.arrive(told_p.index(1), count=1)
-                    factor = factor * earlier
+                    told = _tell(SECOND_WEIGHTS, z)
+                    factor = gl.exp2(m - shift + told.to(gl.float32))
+                    m = m_new
                     l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_br, o, is_async=True)
-                    mbarrier.wait(told_p.index(0), phase)
-                    o = warpgroup_mma(weights.index(0), k_ar, o, is_async=True)
+                    _hear(FIRST_WEIGHTS)
+                    o = warpgroup_mma(first_weights, k_ar, o, is_async=True)
                     o, own = warpgroup_mma_wait(1, [o, own])
                     _barrier()
                     _fill_half_and_rope(
@@ -257,11 +264,13 @@ def _attend(
                 next_a = then_a
                 next_b = then_b
 
-            sums.index(W).store(l)
-            mbarrier.arrive(told_l.index(W), count=1)
-            mbarrier.wait(told_l.index(1 - W), done & 1)
+            if W == 0:
+                first_sum.store(l)
+            else:
+                second_sum.store(l)
+            _hear(SUMS)
             done += 1
-            l = l + sums.index(1 - W).load(of_row)
+            l += second_sum.load(of_row) if W == 0 else first_sum.load(of_row)
             # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
             # over a part.
             inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
@@ -392,6 +401,7 @@ def _mla_decode_many_kernel(
         _fetch_into_l2(table_ptr, capacity // PAGE * 4)
     else:
         requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+        _fetch_table(table_ptr, batch * stride_tb * 4)
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -399,24 +409,18 @@ def _mla_decode_many_kernel(
     queries = gl.allocate_shared_memory(DTYPE, [2, 64, 256], matrix)
     keys = gl.allocate_shared_memory(DTYPE, [4, 64, 256], matrix)  # first tile: left, right; second: left, right
     ropes = gl.allocate_shared_memory(DTYPE, [2, 64, 64], matrix)
-    weights = gl.allocate_shared_memory(DTYPE, [2, 64, 64], matrix)
-    maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
-    factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
-    sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    # What the two tell one another has memory of its own each: Triton then sees no hazard inside of a warpgroup.
+    first_weights = gl.allocate_shared_memory(DTYPE, [64, 64], matrix)
+    second_weights = gl.allocate_shared_memory(DTYPE, [64, 64], matrix)
+    first_max = gl.allocate_shared_memory(gl.float32, [64], vector)
+    both_max = gl.allocate_shared_memory(gl.float32, [64], vector)
+    first_sum = gl.allocate_shared_memory(gl.float32, [64], vector)
+    second_sum = gl.allocate_shared_memory(gl.float32, [64], vector)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    told_p = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    told_l = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    told_m = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    told_s = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(full.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(told_p.index(i), count=1)
-        mbarrier.init(told_l.index(i), count=1)
     mbarrier.init(full_q, count=1)
-    mbarrier.init(told_m, count=1)
-    mbarrier.init(told_s, count=1)
     fence_async_shared()
     if BLOCK_B == 1:
         begin, end, aligned, pieces, share, before = _share_out_one(
@@ -430,7 +434,8 @@ def _mla_decode_many_kernel(
         q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
         partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
         batch, q_len, heads, capacity, tile, row_tiles, slot, slots, begin, end, aligned, pieces, share, before, zero,
-        queries, keys, ropes, weights, maxima, factors, sums, full, full_q, told_m, told_s, told_p, told_l,
+        queries, keys, ropes, first_weights, second_weights, first_max, both_max, first_sum, second_sum,
+    full, full_q,
     )  # fmt: skip
     gl.warp_specialize(
         [

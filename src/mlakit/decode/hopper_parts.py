@@ -42,6 +42,55 @@ def _fetch_into_l2(ptr, bytes):
 
 
 @gluon.jit
+def _fetch_table(ptr, bytes):
+    """Ask for up to 128 bytes a thread of all programs from `ptr` on: `_fetch_into_l2` for tables of many requests."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted; .reg .u32 line, program, programs; .reg .u64 at;
+        mov.u32 line, %tid.x; mov.u32 program, %ctaid.x; mov.u32 programs, %nctaid.x;
+        mad.lo.u32 line, line, programs, program; shl.b32 line, line, 7; setp.lt.u32 wanted, line, $2;
+        cvt.u64.u32 at, line; add.u64 at, at, $1;
+        @wanted prefetch.global.L2 [at];
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [ptr, bytes],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _tell(name, zero):
+    """Arrive at a named barrier of two warpgroups without waiting, and at once: a branch that is never taken ends the
+    basic block, else ptxas puts off what nobody here waits for by hundreds of instructions. `zero` is zero and ptxas
+    must not know; after one such branch it does, so the next one needs another. Returns 0: what is added to it comes
+    later.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred again;
+        AGAIN: bar.arrive $1, 256;
+        setp.ne.s32 again, $2, 0;
+        @again bra AGAIN;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [name, zero],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _hear(name):
+    """Wait at a named barrier for the other warpgroup to have arrived."""
+    gl.inline_asm_elementwise("bar.sync $1, 256; mov.u32 $0, 0;", "=r,r", [name], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _same_for_warp(value):
     """`value`, which all threads of a warp have in common, so that the compiler knows that they do."""
     return gl.inline_asm_elementwise(

@@ -88,6 +88,26 @@ def _share_out_one(length, slot, splits, most_pieces, slot_items, capacity, STEP
 
 
 @gluon.jit
+def _part(number, steps, count):
+    """Steps [first, end) of part `number` of `count`, of which the first ones are a step longer; a part past the last
+    is empty.
+    """
+    each = steps // count
+    longer = steps - each * count
+    first = number * each + gl.minimum(number, longer)
+    return first, gl.where(number < count, first + each + gl.where(number < longer, 1, 0), first)
+
+
+@gluon.jit
+def _piece_of_one(item, pieces, length, capacity, STEP: gl.constexpr):
+    """`_piece` for a batch of one request, whose length is known."""
+    steps = _steps_of(length, capacity, STEP)
+    count = gl.maximum(gl.minimum(pieces, steps), 1)
+    first, end = _part(item, steps, count)
+    return item * 0, length, steps, first, end, item, count, item * 0
+
+
+@gluon.jit
 def _piece(item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, STEP: gl.constexpr):
     """What an item is: request, its length and steps, steps [first, end) of it, number of the piece and how many there
     are, and where partial results lie: the request's first, and the distance from one to the next (`_partial_at`).
@@ -100,8 +120,7 @@ def _piece(item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, S
     if aligned != 0:
         count = gl.maximum(gl.minimum(pieces, steps), 1)
         number = item - request * pieces
-        first = number * steps // count
-        end = gl.where(number < count, (number + 1) * steps // count, first)
+        first, end = _part(number, steps, count)
         base = request * pieces
     else:
         first_slot = before // share
