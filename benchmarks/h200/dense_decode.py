@@ -35,7 +35,7 @@ from mlakit.decode import mla_decode, mla_decode_reference
 from mlakit.decode.triton_launch import DecodeConfig, _launch_decode
 from mlakit.hardware import capability
 from mlakit.sparse import mla_sparse_decode
-from mlakit.testing import compare, compare_lse, poison_
+from mlakit.testing import compare, compare_lse, eager_e4m3_lse, poison_
 
 # batch, heads, keys: the table of dense MLA decode, in its order.
 ROWS = [
@@ -49,8 +49,15 @@ RAGGED = [(128, 128, 4096, 1), (128, 128, 4096, 2), (128, 128, 16384, 1), (128, 
 SPECULATIVE = [(64, 128, 4096, 4), (16, 16, 8192, 4)]
 # Float8 caches: batch, heads, keys. "e4m3": query and cache of it, a scale for each; "rows": 656 bytes a token, with
 # scales of their own, and a query of bfloat16.
-FLOAT8 = [(128, 16, 8192, "e4m3"), (128, 128, 8192, "e4m3"), (128, 16, 8192, "rows"), (128, 128, 8192, "rows")]
+FLOAT8 = [
+    (1, 16, 8192, "e4m3"), (64, 16, 4096, "e4m3"), (128, 16, 8192, "e4m3"), (128, 32, 8192, "e4m3"),
+    (64, 64, 4096, "e4m3"), (1, 128, 8192, "e4m3"), (16, 128, 1024, "e4m3"), (64, 128, 4096, "e4m3"),
+    (128, 128, 8192, "e4m3"), (128, 16, 8192, "rows"), (128, 128, 8192, "rows"),
+]  # fmt: skip
 Q_SCALE, KV_SCALE = 2.0, 0.5
+# FlashMLA's float8 kernel rounds the weights to e4m3 too: further from float64 than the rule allows. It is timed all the
+# same, and what it misses stands beside its time.
+ROUNDED = "weights in e4m3"
 SCALE = 192**-0.5
 RANK, LATENT, PAGE = 512, 576, 64
 VLLM_SPLITS = (4, 8, 16, 32, 64)
@@ -78,7 +85,7 @@ TUNED_ROWS = (
 @dataclass
 class Row:
     """One batch, its float64 answer and the yardstick of eager PyTorch: its output, and the lse of keys rounded to
-    bfloat16.
+    bfloat16, or of e4m3 products.
     """
 
     name: str
@@ -151,6 +158,8 @@ def build(name: str, lens: list[int], heads: int, q_len: int, kind: str = "bfloa
         eager.append(mla_decode_reference(q[i : i + 1], keys, *one, **row.options)[0])
         if kind == "rows":
             lse = mla_decode_reference(q[i : i + 1].double(), keys, *one, **row.options)[1]
+        elif kind == "e4m3" and capability("cuda") == (9, 0):  # where others do not multiply e4m3
+            lse = eager_e4m3_lse(q[i : i + 1], pages, *one, **row.options)
         rounded_lse.append(lse)
     row.expected, row.expected_lse, row.eager = torch.cat(expected), torch.cat(expected_lse), torch.cat(eager)
     row.rounded_lse = torch.cat(rounded_lse)
@@ -168,7 +177,7 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
         return mla_decode(*row.inputs, **row.options, out=out, impl=impl)
 
     yield "triton", partial(default, "triton")
-    if capability("cuda") == (9, 0) and row.kind == "bfloat16":
+    if capability("cuda") == (9, 0) and row.kind != "rows":
         yield "hopper", partial(default, "hopper")
     if row.kind == "rows":  # as the layer does it: sparse attention that is told to look at every token
         slots = (row.table[:, :, None] * PAGE + torch.arange(PAGE, dtype=torch.int32, device="cuda")).flatten(1)[
@@ -328,8 +337,9 @@ def peers_of(row: Row) -> list[Candidate]:
 
 
 def measure(row: Row, candidate: Candidate, repeats: int, graph: bool) -> tuple[Timing | None, str]:
-    """Time a candidate if it runs and is right; else say why not."""
-    call = candidate[1]
+    """Time a candidate if it runs and is right; else say why not. What rounds on purpose is timed, and named."""
+    name, call = candidate
+    note = ""
     try:
         out, lse = call()
         poison_(out)
@@ -337,15 +347,19 @@ def measure(row: Row, candidate: Candidate, repeats: int, graph: bool) -> tuple[
             poison_(lse)
         out, lse = call()
         if reason := row.wrong(out, lse):
-            return None, f"WRONG: {reason}"
-        return time_calls([call], torch.device("cuda"), repeats=repeats, cuda_graph=graph), ""
+            if row.kind != "e4m3" or not name.startswith("flash_mla"):
+                return None, f"WRONG: {reason}"
+            note = f"{ROUNDED}: {reason}"
+        return time_calls([call], torch.device("cuda"), repeats=repeats, cuda_graph=graph), note
     except Exception as error:  # a peer may fail in any way; the row then says how
         if "illegal" in str(error) or "unspecified launch" in str(error):
             raise  # nothing after it on this device can be believed
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
 
 
-def record(row: Row, name: str, timing: Timing, times: dict[str, float], ceilings: Ceilings) -> dict[str, Any]:
+def record(
+    row: Row, name: str, timing: Timing, note: str, times: dict[str, float], ceilings: Ceilings
+) -> dict[str, Any]:
     """A candidate's JSON row; `times` are those of all peers, with what they prepare once outside and inside."""
     batch, q_len, heads, _ = row.q.shape
     once = [times[peer] for peer in PREPARED_ONCE if peer in times]
@@ -372,6 +386,7 @@ def record(row: Row, name: str, timing: Timing, times: dict[str, float], ceiling
         "host_s": timing.host,
         "ratio_to_best_peer": min(once) / timing.median if once else None,
         "ratio_to_best_call": min(called) / timing.median if called else None,
+        **({"note": note} if note else {}),
     }
 
 
@@ -431,6 +446,7 @@ def main() -> None:
             compiling.wait()
             compiling = None
         peers: dict[str, Timing] = {}
+        notes: dict[str, str] = {}
         for candidate in [] if args.no_peers else peers_of(row):
             timing, reason = measure(row, candidate, args.repeats, args.cuda_graph)
             family = candidate[0].split(" splits ")[0]
@@ -438,7 +454,7 @@ def main() -> None:
                 print(f"{row.name:24} {candidate[0]:40} {reason}")
                 continue
             if family not in peers or timing.median < peers[family].median:
-                peers[family] = timing
+                peers[family], notes[family] = timing, reason
             if candidate[0] == f"vllm_triton splits {VLLM_DEFAULT_SPLITS}":
                 peers["vllm_triton_default"] = timing
         times = {name: timing.median for name, timing in peers.items()}
@@ -450,13 +466,13 @@ def main() -> None:
             else:
                 found.append((candidate[0], timing))
         for name, timing in sorted(found, key=lambda item: item[1].median):
-            entry = record(row, name, timing, times, ceilings)
+            entry = record(row, name, timing, notes.get(name, ""), times, ceilings)
             ratio = f"{entry['ratio_to_best_peer']:5.2f}x" if entry["ratio_to_best_peer"] else "     -"
             called = f"{entry['ratio_to_best_call']:5.2f}x" if entry["ratio_to_best_call"] else "     -"
             print(
                 f"{row.name:24} {name:40} {timing.median * 1e6:9.1f} us {entry['tb_per_s']:6.2f} TB/s "
                 f"{entry['tflop_per_s']:6.0f} TFLOP/s {entry['fraction_of_limit']:4.0%} of the limit; "
-                f"best peer {ratio}, as called {called}",
+                f"best peer {ratio}, as called {called} {notes.get(name, '')}",
                 flush=True,
             )
             records.append(entry)
