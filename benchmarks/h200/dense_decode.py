@@ -55,8 +55,8 @@ FLOAT8 = [
     (128, 128, 8192, "e4m3"), (128, 16, 8192, "rows"), (128, 128, 8192, "rows"),
 ]  # fmt: skip
 Q_SCALE, KV_SCALE = 2.0, 0.5
-# FlashMLA's float8 kernel rounds the weights to e4m3 too: further from float64 than the rule allows. It is timed all the
-# same, and what it misses stands beside its time.
+# FlashMLA's float8 kernel rounds the weights to e4m3 too: further from float64 than the rule allows. It is timed all
+# the same, and what it misses stands beside its time.
 ROUNDED = "weights in e4m3"
 SCALE = 192**-0.5
 RANK, LATENT, PAGE = 512, 576, 64
