@@ -35,6 +35,8 @@ class Job:
         wrong: why a candidate's result is wrong; empty if it is right.
         candidates: in any order, peers included.
         peer: the candidate that ratios refer to.
+        rounds: the candidates are timed in turns, so many times, a share of the samples each time: what a GPU at its
+            power limit gives to one after the other differs by more than they do.
     """
 
     op: str
@@ -45,6 +47,7 @@ class Job:
     wrong: Callable[[Tensors], str]
     candidates: list[Candidate] = field(default_factory=list)
     peer: str = ""
+    rounds: int = 1
 
 
 def parse_arguments(
@@ -60,8 +63,8 @@ def parse_arguments(
     return parser.parse_args(arguments)
 
 
-def measure(job: Job, call: Callable[[], Tensors], repeats: int) -> tuple[Timing | None, str]:
-    """Time a candidate if it runs and is right; else say why not.
+def attempt(action: Callable[[], str]) -> str:
+    """Do something that a candidate may fail in; why it failed.
 
     Raises:
         Exception: what the candidate raised, if it leaves the device in a state that nothing after can be believed in.
@@ -69,30 +72,53 @@ def measure(job: Job, call: Callable[[], Tensors], repeats: int) -> tuple[Timing
     try:
         with warnings.catch_warnings():  # peers explain at length which of their kernels they did not take
             warnings.simplefilter("ignore")
-            for x in call():  # the last call's answer may lie in the memory that the next one gets
-                if x.is_contiguous() and not x.requires_grad:
-                    poison_(x)
-            if reason := job.wrong(tuple(x.detach() for x in call())):
-                return None, f"WRONG: {reason}"
-            return time_calls([call], CUDA, repeats=repeats), ""
+            return action()
     except Exception as error:  # a peer may fail in any way; the table then says how
         if "illegal" in str(error) or "unspecified launch" in str(error):
             raise
         lines = str(error).splitlines()
-        return None, f"{type(error).__name__}: {lines[0] if lines else ''}"[:150]
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:150]
+
+
+def check(job: Job, call: Callable[[], Tensors]) -> str:
+    """Why a candidate's result is wrong; empty if it is right."""
+    for x in call():  # the last call's answer may lie in the memory that the next one gets
+        if x.is_contiguous() and not x.requires_grad:
+            poison_(x)
+    reason = job.wrong(tuple(x.detach() for x in call()))
+    return f"WRONG: {reason}" if reason else ""
+
+
+def measure(job: Job, repeats: int) -> dict[str, Timing]:
+    """Time the candidates that run and are right; say of the others why not."""
+    found: dict[str, list[Timing]] = {}
+    failed: set[str] = set()
+    for turn in range(job.rounds):
+        for name, call in job.candidates:
+            if name in failed:
+                continue
+
+            def action(name: str = name, call: Callable[[], Tensors] = call, first: bool = turn == 0) -> str:
+                if first and (reason := check(job, call)):
+                    return reason
+                found.setdefault(name, []).append(time_calls([call], CUDA, repeats=-(-repeats // job.rounds)))
+                return ""
+
+            if reason := attempt(action):
+                print(f"{job.name:28} {name:28} {reason}", flush=True)
+                failed.add(name)
+                found.pop(name, None)
+    return {
+        name: Timing(tuple(sample for timing in timings for sample in timing.samples), timings[-1].host)
+        for name, timings in found.items()
+    }
 
 
 def run(jobs: Iterable[Job], output: Path, repeats: int) -> None:
     """Measure every job, print a table and write the rows, best candidate first, after each job."""
     rows: list[dict[str, Any]] = []
     for job in jobs:
-        found: dict[str, Timing] = {}
-        for name, call in job.candidates:
-            timing, reason = measure(job, call, repeats)
-            if timing is None:
-                print(f"{job.name:28} {name:28} {reason}", flush=True)
-            else:
-                found[name] = timing
+        found = measure(job, repeats)
         peer = found[job.peer].median if job.peer in found else None
         for name, timing in sorted(found.items(), key=lambda item: item[1].median):
             row = as_row(job, name, timing, peer)
