@@ -2,13 +2,20 @@
 
 compute-sanitizer --tool memcheck python tests/gpu/sanitize_decode.py hopper triton
 compute-sanitizer --tool racecheck python tests/gpu/sanitize_decode.py few
+compute-sanitizer --tool racecheck --racecheck-report analysis python tests/gpu/sanitize_decode.py many exchange
 """
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
 
 import sys
 
 import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from mlakit.decode import mla_decode, mla_decode_reference
+from mlakit.decode.hopper_parts import _hear, _tell
 from mlakit.testing import assert_close, random_paged_cache
 
 SCALE = 192**-0.5
@@ -20,10 +27,76 @@ CASES = {
     "triton": ("triton", [([70, 0, 200], 2, 16), ([300], 1, 128)]),
 }
 GROUPS = {"hopper": ("few", "many", "causal")}
+TOLD, TAKEN = gl.constexpr(8), gl.constexpr(9)
+
+
+@gluon.jit
+def _exchange(W: gl.constexpr, x_ptr, y_ptr, zero, box, FOUR: gl.constexpr, TELL: gl.constexpr):
+    """The left warpgroup hands 64 numbers to the right one, twice, as the kernel for many heads hands maxima."""
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    # A number of a row lies with the four threads that have the row's columns, or with one thread.
+    rows: gl.constexpr = gl.SliceLayout(1, product) if FOUR else gl.BlockedLayout([1], [32], [4], [0])
+    row = gl.arange(0, 64, rows)
+    for i in range(2 if TELL else 1):  # one that does not listen must not come back before it was heard
+        if W == 0:
+            box.store(gl.load(x_ptr + i * 64 + row))
+            if TELL:
+                _tell(TOLD, zero)
+            _hear(TAKEN)
+        else:
+            if TELL:
+                _hear(TOLD)
+            gl.store(y_ptr + i * 64 + row, box.load(rows))
+            _tell(TAKEN, zero)
+
+
+@gluon.jit
+def _give(args, FOUR: gl.constexpr, TELL: gl.constexpr):
+    _exchange(0, *args, FOUR, TELL)
+
+
+@gluon.jit
+def _take(args, FOUR: gl.constexpr, TELL: gl.constexpr):
+    _exchange(1, *args, FOUR, TELL)
+
+
+@gluon.jit
+def _launch(x_ptr, y_ptr, zero, FOUR: gl.constexpr, TELL: gl.constexpr):
+    box = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    args = (x_ptr, y_ptr, zero, box)
+    gl.warp_specialize([(_give, (args, FOUR, TELL)), (_take, (args, FOUR, TELL))], [4], [120])
+
+
+@gluon.jit(do_not_specialize=["zero"])
+def _one_thread_kernel(x_ptr, y_ptr, zero):
+    _launch(x_ptr, y_ptr, zero, False, True)
+
+
+@gluon.jit(do_not_specialize=["zero"])
+def _four_threads_kernel(x_ptr, y_ptr, zero):
+    _launch(x_ptr, y_ptr, zero, True, True)
+
+
+@gluon.jit(do_not_specialize=["zero"])
+def _unordered_kernel(x_ptr, y_ptr, zero):
+    _launch(x_ptr, y_ptr, zero, False, False)
+
+
+def exchange() -> None:
+    for kernel in (_one_thread_kernel, _four_threads_kernel, _unordered_kernel):
+        x = torch.randn(128, device="cuda")
+        y = torch.zeros_like(x)
+        kernel[(1,)](x, y, 0, num_warps=4)
+        if kernel is not _unordered_kernel:
+            assert torch.equal(x, y)
+        print(f"right: {kernel.__name__}", flush=True)
 
 
 def main() -> None:
     for group in sys.argv[1:]:
+        if group == "exchange":
+            exchange()
+            continue
         for name in GROUPS.get(group, (group,)):
             impl, cases = CASES[name]
             for lens, q_len, heads in cases:
