@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlakit.report.load import load_record
 from mlakit.studies import parallel, parallel_parts, parallel_run
 from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, plans_of, table
 
@@ -200,25 +202,40 @@ def test_no_order_among_those_that_cannot_be_told_apart():
     assert findings(rows) == ["attention, q1s1k: tp 2x1 is the fastest, 50.0 µs; not to be told apart from cp 1x2"]
 
 
-def test_the_committed_record():
-    """Two GPUs, every row of them checked, with the clocks of both; and reports can read it."""
-    from mlakit.report.load import load_record
-
-    path = ROOT / "results" / "h200x2" / "parallel.json"
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_committed_records(ranks):
+    """Several GPUs, every row of them checked, with the clocks of all; and reports can read it."""
+    path = ROOT / "results" / f"h200x{ranks}" / "parallel.json"
     record = json.loads(path.read_text())
-    assert record["complete"]
+    assert record["complete"] is (ranks == 2)  # that of four was ended before its last layers
     assert record["links_measured"]
-    assert [rank["name"] for rank in record["ranks"]] == ["NVIDIA H200"] * 2
+    assert [rank["name"] for rank in record["ranks"]] == ["NVIDIA H200"] * ranks
     assert all(record["environment"][name] for name in ("torch", "triton", "nccl", "driver", "commit"))
     for row in record["rows"]:
         assert row["reason"] == ""
         if not row["predicted"]:
             assert row["error"] <= row["error_allowed"]
             assert all(state["sm_clock"] > 0 for state in row["gpus"])
-            assert len(row["gpus"]) == len(row["by_rank"]) == 2
+            assert len(row["gpus"]) == len(row["by_rank"]) == ranks
     loaded = load_record(path)
     assert len(loaded.rows) == len(record["rows"])
     times = {(row.operation, row.job, row.backend): row.seconds for row in loaded.rows}
     assert times["attention over ranks", "q1s1024k", "one"] == min(record["rows"][0]["by_rank"])
-    assert ("attention over ranks", "q1s1024k", "cp 1x8, predicted") in times
+    assert ("attention over ranks", "q1s1024k", f"cp 1x{2 * ranks}, predicted") in times
     assert len({row.identity for row in loaded.rows}) == len(loaded.rows)
+
+
+def test_what_documents_say_of_predictions():
+    """How far from what four GPUs took the prediction made from two was, job by job: the sentence names the range."""
+    said = (ROOT / "docs" / "distributed.md").read_text()
+    found = re.search(r"between (\S+)% below and (\S+)% above what four then took", " ".join(said.split()))
+    assert found
+    predicted, measured = (
+        {(row.job, row.backend.removesuffix(", predicted")): row.seconds for row in load_record(path).rows
+         if row.operation == "attention over ranks" and row.predicted is wanted}
+        for path, wanted in ((ROOT / "results" / "h200x2" / "parallel.json", True),
+                             (ROOT / "results" / "h200x4" / "parallel.json", False))
+    )  # fmt: skip
+    off = [seconds / measured[key] - 1 for key, seconds in predicted.items() if key in measured]
+    assert len(off) >= 8
+    assert found.groups() == (f"{-100 * min(off):.1f}", f"{100 * max(off):.0f}")

@@ -1,5 +1,7 @@
 """Which row goes to which GPU, without Ray."""
 
+from pathlib import Path
+
 import pytest
 
 from mlakit.bench.config import BenchmarkConfig
@@ -162,3 +164,24 @@ def test_a_record_of_the_other_executor_is_not_resumed(tmp_path):
     ):
         open_record(tmp_path / "r.json", fresh, resume=True)
     assert open_record(tmp_path / "r.json", record(), resume=True).executor == "ray"
+
+
+def test_the_committed_record():
+    """Four GPUs, one worker killed in the middle: every row is there once, its comparison on one GPU, one row measured
+    twice; and every GPU has its ceilings.
+    """
+    record = Record.load(Path(__file__).parents[2] / "results" / "h200x4" / "ray.json")
+    assert record.complete
+    assert record.one_gpu_a_comparison
+    assert len(record.rows) == record.planned == len({row.config.key for row in record.rows}) == 24
+    assert all(row.success and row.place.gpu for row in record.rows)
+    assert sorted(row.place.attempt for row in record.rows) == [*[1] * 23, 2]
+    homes: dict[str, set[str]] = {}
+    for row in record.rows:
+        homes.setdefault(row.config.batch_spec, set()).add(row.place.gpu)
+    assert all(len(gpus) == 1 for gpus in homes.values())
+    assert len(set.union(*homes.values())) == 4
+    for row in record.rows:
+        session = record.sessions[row.session]
+        assert session.environment["place"]["gpu"] == row.place.gpu
+        assert session.ceilings["bf16"]["flops_per_s"] > 7e14

@@ -350,4 +350,5 @@ def _nccl(is_cuda: bool) -> dict[str, Any]:
     if not is_cuda:
         return {"nccl": None}
     told = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
+    told.pop("NCCL_VERSION", None)  # which CUDA's images set, and NCCL does not read
     return {"nccl": ".".join(map(str, torch.cuda.nccl.version())), "nccl_settings": told}
