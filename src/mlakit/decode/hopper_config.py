@@ -126,8 +126,9 @@ E4M3_FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2, stages=2)
 def choose_e4m3_config(*, rows: int) -> HopperConfig:
     """The launch configuration for `rows` query rows a request from e4m3 caches.
 
-    Measured on an H200, requests x heads x keys, microseconds; one program a multiprocessor of three tiles beside two
-    of two: 128x16x8192 180.1, 158.5.
+    Measured on an H200, requests x heads x keys, microseconds; one program a multiprocessor of three tiles, three of
+    one, two of two: 128x16x8192 180.1, 168.0, 158.5. By tiles of 16, 32 and 64 rows: 128x16x8192 160.0, 193.1, 221.0;
+    of 32 and 64: 128x32x8192 194.5, 221.9, 64x48x4096 101.7, 73.7.
     """
     if rows <= 16:
         return E4M3_FEW16

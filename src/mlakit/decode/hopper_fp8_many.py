@@ -36,43 +36,17 @@ from mlakit.decode.hopper_parts import (
 )
 from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
 
-PRECISE = gl.constexpr(1)
-
 
 @gluon.jit
 def _scores(queries, q_rope, left, right, rope, z, layout: gl.constexpr):
-    """Q K^T of a tile, on its way."""
-    zeros = gl.zeros([64, 64], gl.float32, layout)
-    s = warpgroup_mma(q_rope.index(z), rope.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if PRECISE == 4:
-        q = queries.index(z)
-        s = warpgroup_mma(q.slice(0, 128, 1), left.slice(0, 128, 1).permute((1, 0)), s, is_async=True)
-        more = warpgroup_mma(
-            q.slice(128, 128, 1), left.slice(128, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        q = queries.index(z + 1)
-        s, more = warpgroup_mma_wait(0, [s, more])
-        s += more
-        more = warpgroup_mma(
-            q.slice(0, 128, 1), right.slice(0, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        more = warpgroup_mma_wait(0, [more])
-        s += more
-        more = warpgroup_mma(
-            q.slice(128, 128, 1), right.slice(128, 128, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        more = warpgroup_mma_wait(0, [more])
-        s += more
-    elif PRECISE == 2:
-        s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
-        more = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s, more = warpgroup_mma_wait(0, [s, more])
-        s += more
-    else:
-        s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, [s])
-    return s
+    """Q K^T of a tile, in one sum of 576 e4m3 products: matrix instructions add those in some 14 bits, and scores are
+    wrong by 0.0006 (standard deviation, at a softmax scale of 192^-0.5). In two sums, by 0.0004, and 1% slower.
+    """
+    s = gl.zeros([64, 64], gl.float32, layout)
+    s = warpgroup_mma(q_rope.index(z), rope.permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, [s])
 
 
 @gluon.jit
