@@ -2,11 +2,14 @@
 
 Keys come in pairs of tiles of 64. The left warpgroup computes the scores of the first tile and owns the left half of
 the output, the right one those of the second tile and the right half. Each multiplies its own weights, from registers,
-with its half of its own tile, then the other's, from shared memory, with its half of the other's. The running maximum
+with its half of its own tile, and the other's, from shared memory, with its half of the other's. The running maximum
 travels through shared memory, from the left to the right one and back.
 
 - Each half of a tile is read, as values, by one warpgroup only, which then refills it itself: no barrier between the
   two stands before a copy.
+- Both multiply the first tile's values first, and the right one begins its scores with the half that the left one
+  refills: whatever was freed first is needed first.
+- They tell one another by named barriers, at which the one that tells does not wait.
 - Buffers are indexed by a number that is zero and that the compiler does not know: else it keeps every matrix
   descriptor in registers of its own and spills. It knows that the number is the same for a warp's threads, and
   `hopper_compile` lets it see that the threads stay together: then descriptors live in uniform registers.
@@ -48,17 +51,13 @@ from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _shar
 FIRST_MAX, BOTH_MAX, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS = (gl.constexpr(8 + i) for i in range(5))
 
 
-@gluon.jit
-def _fill_half(k_desc, page_rows, keys, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr):
-    mbarrier.expect(full, 64 * 256 * 2, pred=wanted)
-    _copy_tile(k_desc, page_rows, HALF * 256, keys, full, wanted, PAGE)
+# Bytes of half of a tile, and of one with the rope part.
+HALF_BYTES, NEAR_BYTES = gl.constexpr(64 * 256 * 2), gl.constexpr(64 * (256 + 64) * 2)
 
 
 @gluon.jit
-def _fill_half_and_rope(
-    k_desc, r_desc, page_rows, keys, rope, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr
-):  # fmt: skip
-    mbarrier.expect(full, 64 * (256 + 64) * 2, pred=wanted)
+def _copy_near(k_desc, r_desc, page_rows, keys, rope, full, HALF: gl.constexpr, wanted, PAGE: gl.constexpr):
+    """Copy the half of a tile that its own warpgroup reads as values, and the rope part."""
     _copy_tile(k_desc, page_rows, HALF * 256, keys, full, wanted, PAGE)
     _copy_tile(r_desc, page_rows, 512, rope, full, wanted, PAGE)
 
@@ -74,24 +73,32 @@ def _load_rope_of_queries(q_ptr, row, live, layout: gl.constexpr):
 
 
 @gluon.jit
-def _scores(
-    queries, keys, ropes, q_rope, full, phase, zero, layout: gl.constexpr, TILE: gl.constexpr, NEAR: gl.constexpr
-):  # fmt: skip
-    """Q K^T of a tile: the rope part first, whose descriptors are few, and the half of the columns that came with it,
-    then the FAR half, which the other warpgroup has asked for.
+def _scores(W: gl.constexpr, queries, keys, ropes, q_rope, full, phase, zero, layout: gl.constexpr):
+    """Q K^T of a warpgroup's own tile, the parts in the order in which their copies were asked for: the left one's NEAR
+    half first, the right one's FAR half.
     """
-    FAR: gl.constexpr = 1 - NEAR
+    NEAR: gl.constexpr = 3 * W
+    FAR: gl.constexpr = 1 + W
     s = gl.zeros([64, 64], gl.float32, layout)
-    mbarrier.wait(full.index(2 * TILE + NEAR), phase)
-    s = warpgroup_mma(q_rope, ropes.index(zero + TILE).permute((1, 0)), s, use_acc=False, is_async=True)
-    # Looked at again, though it has turned: else the descriptors of what follows are prepared before the rope part is
-    # issued.
-    mbarrier.wait(full.index(2 * TILE + NEAR), phase)
-    k = keys.index(zero + 2 * TILE + NEAR)
-    s = warpgroup_mma(queries.index(zero + NEAR), k.permute((1, 0)), s, is_async=True)
-    mbarrier.wait(full.index(2 * TILE + FAR), phase)
-    k = keys.index(zero + 2 * TILE + FAR)
-    s = warpgroup_mma(queries.index(zero + FAR), k.permute((1, 0)), s, is_async=True)
+    if W == 0:
+        mbarrier.wait(full.index(NEAR), phase)
+        s = warpgroup_mma(q_rope, ropes.index(zero).permute((1, 0)), s, use_acc=False, is_async=True)
+        # Looked at again, though it has turned: else the descriptors of what follows are prepared before the rope part
+        # is issued.
+        mbarrier.wait(full.index(NEAR), phase)
+        k = keys.index(zero + NEAR)
+        s = warpgroup_mma(queries.index(zero), k.permute((1, 0)), s, is_async=True)
+        mbarrier.wait(full.index(FAR), phase)
+        k = keys.index(zero + FAR)
+        s = warpgroup_mma(queries.index(zero + 1), k.permute((1, 0)), s, is_async=True)
+    else:
+        mbarrier.wait(full.index(FAR), phase)
+        k = keys.index(zero + FAR)
+        s = warpgroup_mma(queries.index(zero), k.permute((1, 0)), s, use_acc=False, is_async=True)
+        mbarrier.wait(full.index(NEAR), phase)
+        k = keys.index(zero + NEAR)
+        s = warpgroup_mma(queries.index(zero + 1), k.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_rope, ropes.index(zero + 1).permute((1, 0)), s, is_async=True)
     return warpgroup_mma_wait(0, [s])
 
 
@@ -159,13 +166,14 @@ def _attend(
             table = table_ptr + request.to(gl.int64) * stride_tb
             row_a = _tile_rows(table, 2 * first, last_key, PAGE)
             row_b = _tile_rows(table, 2 * first + 1, last_key, PAGE)
-            yes = first < last
+            mbarrier.expect(full.index(3 * W), NEAR_BYTES)
+            mbarrier.expect(full.index(2 - W), HALF_BYTES)
             if W == 0:
-                _fill_half_and_rope(k_desc, r_desc, row_a, keys.index(0), ropes.index(0), full.index(0), 0, yes, PAGE)
-                _fill_half(k_desc, row_b, keys.index(2), full.index(2), 0, yes, PAGE)
+                _copy_near(k_desc, r_desc, row_a, keys.index(0), ropes.index(0), full.index(0), 0, True, PAGE)
+                _copy_tile(k_desc, row_b, 0, keys.index(2), full.index(2), True, PAGE)
             else:
-                _fill_half_and_rope(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, yes, PAGE)
-                _fill_half(k_desc, row_a, keys.index(1), full.index(1), 1, yes, PAGE)
+                _copy_near(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, True, PAGE)
+                _copy_tile(k_desc, row_a, 256, keys.index(1), full.index(1), True, PAGE)
             next_a = _tile_rows(table, 2 * first + 2, last_key, PAGE)
             next_b = _tile_rows(table, 2 * first + 3, last_key, PAGE)
             q_rope = _load_rope_of_queries(q_ptr, q_row, live, score)
@@ -198,7 +206,7 @@ def _attend(
                     fence_async_shared()
                     _barrier()
                 if W == 0:
-                    s = _scores(queries, keys, ropes, q_rope, full, phase, z, score, 0, 0)
+                    s = _scores(W, queries, keys, ropes, q_rope, full, phase, z, score)
                     if at + 64 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
@@ -207,11 +215,12 @@ def _attend(
                     shift = _finite(m_new, CAUSAL)
                     factor = gl.exp2(m - shift)
                     p = gl.exp2(s * scale_log2 - shift[:, None])
-                    l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     rounded = p.to(DTYPE)
                     own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_al, o, is_async=True)
+                    l = l * factor + gl.sum(p, 1)
+                    mbarrier.expect(full.index(0), NEAR_BYTES, pred=more)
                     _hear(BOTH_MAX)
                     m = both_max.load(of_row)
                     later = gl.exp2(m_new - _finite(m, CAUSAL))
@@ -221,17 +230,16 @@ def _attend(
                     l = l * later
                     o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
-                    _fill_half_and_rope(
-                        k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more, PAGE
-                    )
+                    _copy_near(k_desc, r_desc, next_a, keys.index(0), ropes.index(0), full.index(0), 0, more, PAGE)
                     o = o * gl.convert_layout(later, of_out_row)[:, None]
                     _hear(SECOND_WEIGHTS)
                     o = warpgroup_mma(second_weights, k_bl, o, is_async=True)
+                    mbarrier.expect(full.index(2), HALF_BYTES, pred=more)
                     o = warpgroup_mma_wait(0, [o])
                     _barrier()
-                    _fill_half(k_desc, next_b, keys.index(2), full.index(2), 0, more, PAGE)
+                    _copy_tile(k_desc, next_b, 0, keys.index(2), full.index(2), more, PAGE)
                 else:
-                    s = _scores(queries, keys, ropes, q_rope, full, phase, z, score, 1, 1)
+                    s = _scores(W, queries, keys, ropes, q_rope, full, phase, z, score)
                     if at + 128 > shortest:
                         s = gl.where((at + key_col)[None, :] < sight[:, None], s, -float("inf"))
                     own_max = gl.max(s, 1) * scale_log2
@@ -247,20 +255,20 @@ def _attend(
                     told = _tell(SECOND_WEIGHTS, z)
                     factor = gl.exp2(m - shift + told.to(gl.float32))
                     m = m_new
-                    l = l * factor + gl.sum(p, 1)
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     own = gl.convert_layout(rounded, operand)
-                    o = warpgroup_mma(own, k_br, o, is_async=True)
                     _hear(FIRST_WEIGHTS)
                     o = warpgroup_mma(first_weights, k_ar, o, is_async=True)
-                    o, own = warpgroup_mma_wait(1, [o, own])
+                    o = warpgroup_mma(own, k_br, o, is_async=True)
+                    l = l * factor + gl.sum(p, 1)
+                    mbarrier.expect(full.index(1), HALF_BYTES, pred=more)
+                    mbarrier.expect(full.index(3), NEAR_BYTES, pred=more)
+                    o = warpgroup_mma_wait(1, [o])
                     _barrier()
-                    _fill_half_and_rope(
-                        k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more, PAGE
-                    )
-                    o = warpgroup_mma_wait(0, [o])
+                    _copy_tile(k_desc, next_a, 256, keys.index(1), full.index(1), more, PAGE)
+                    o, own = warpgroup_mma_wait(0, [o, own])
                     _barrier()
-                    _fill_half(k_desc, next_a, keys.index(1), full.index(1), 1, more, PAGE)
+                    _copy_near(k_desc, r_desc, next_b, keys.index(3), ropes.index(1), full.index(3), 1, more, PAGE)
                 next_a = then_a
                 next_b = then_b
 
