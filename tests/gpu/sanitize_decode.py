@@ -31,64 +31,56 @@ TOLD, TAKEN = gl.constexpr(8), gl.constexpr(9)
 
 
 @gluon.jit
-def _exchange(W: gl.constexpr, x_ptr, y_ptr, zero, box, FOUR: gl.constexpr, TELL: gl.constexpr):
+def _exchange(W: gl.constexpr, x_ptr, y_ptr, zero, box, FOUR: gl.constexpr):
     """The left warpgroup hands 64 numbers to the right one, twice, as the kernel for many heads hands maxima."""
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     # A number of a row lies with the four threads that have the row's columns, or with one thread.
     rows: gl.constexpr = gl.SliceLayout(1, product) if FOUR else gl.BlockedLayout([1], [32], [4], [0])
     row = gl.arange(0, 64, rows)
-    for i in range(2 if TELL else 1):  # one that does not listen must not come back before it was heard
+    for i in range(2):
         if W == 0:
             box.store(gl.load(x_ptr + i * 64 + row))
-            if TELL:
-                _tell(TOLD, zero)
+            _tell(TOLD, zero)
             _hear(TAKEN)
         else:
-            if TELL:
-                _hear(TOLD)
+            _hear(TOLD)
             gl.store(y_ptr + i * 64 + row, box.load(rows))
             _tell(TAKEN, zero)
 
 
 @gluon.jit
-def _give(args, FOUR: gl.constexpr, TELL: gl.constexpr):
-    _exchange(0, *args, FOUR, TELL)
+def _give(args, FOUR: gl.constexpr):
+    _exchange(0, *args, FOUR)
 
 
 @gluon.jit
-def _take(args, FOUR: gl.constexpr, TELL: gl.constexpr):
-    _exchange(1, *args, FOUR, TELL)
+def _take(args, FOUR: gl.constexpr):
+    _exchange(1, *args, FOUR)
 
 
 @gluon.jit
-def _launch(x_ptr, y_ptr, zero, FOUR: gl.constexpr, TELL: gl.constexpr):
+def _launch(x_ptr, y_ptr, zero, FOUR: gl.constexpr):
     box = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     args = (x_ptr, y_ptr, zero, box)
-    gl.warp_specialize([(_give, (args, FOUR, TELL)), (_take, (args, FOUR, TELL))], [4], [120])
+    gl.warp_specialize([(_give, (args, FOUR)), (_take, (args, FOUR))], [4], [120])
 
 
 @gluon.jit(do_not_specialize=["zero"])
 def _one_thread_kernel(x_ptr, y_ptr, zero):
-    _launch(x_ptr, y_ptr, zero, False, True)
+    _launch(x_ptr, y_ptr, zero, False)
 
 
 @gluon.jit(do_not_specialize=["zero"])
 def _four_threads_kernel(x_ptr, y_ptr, zero):
-    _launch(x_ptr, y_ptr, zero, True, True)
-
-
-@gluon.jit(do_not_specialize=["zero"])
-def _unordered_kernel(x_ptr, y_ptr, zero):
-    _launch(x_ptr, y_ptr, zero, False, False)
+    _launch(x_ptr, y_ptr, zero, True)
 
 
 def exchange() -> None:
-    for kernel in (_one_thread_kernel, _four_threads_kernel, _unordered_kernel):
+    for kernel in (_one_thread_kernel, _four_threads_kernel):
         x = torch.randn(128, device="cuda")
         y = torch.zeros_like(x)
         kernel[(1,)](x, y, 0, num_warps=4)
-        if kernel is not _unordered_kernel:
-            assert torch.equal(x, y)
+        assert torch.equal(x, y)
         print(f"right: {kernel.__name__}", flush=True)
 
 
