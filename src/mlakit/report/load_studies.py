@@ -227,7 +227,7 @@ def tuning(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
             backend=row["impl"],
             sizes={"run": number},
             seconds=row["median_us"] * 1e-6,
-            host_seconds=row["host_us"] * 1e-6,
+            host_seconds=row["host_us"] * 1e-6 if "host_us" in row else None,
             bytes=row["tb_per_s"] * row["median_us"] * 1e6,
             flops=row["tflop_per_s"] * row["median_us"] * 1e6,
         )
