@@ -459,5 +459,7 @@ def test_the_fastest_is_taken_unasked() -> None:
     assert torch.equal(prefill(inputs, impl=None)[0], prefill(inputs, impl="hopper" if hopper else "triton")[0])
     cached = make_decode(3, 1, 70, 16, fp8=True)
     assert torch.equal(decode(cached, impl=None)[0], decode(cached)[0])
+    cached = make_decode(16, 1, 70, 64, fp8=True)
+    assert torch.equal(decode(cached, impl=None)[0], decode(cached, impl="hopper" if hopper else "triton")[0])
     with pytest.raises(RuntimeError, match="needs bfloat16 or float16"):
         prefill((inputs[0].float(), inputs[1].float(), inputs[2]))

@@ -75,7 +75,9 @@ def test_which_is_taken() -> None:
     q, cache, _ = decode_inputs(128, cache=BF16)  # 12 programs
     assert not is_taken(q, cache)
     assert is_taken(torch.cat([q, q]), cache)
-    assert not is_taken(*decode_inputs(128)[:2])  # float8
+    q, cache, _ = decode_inputs(128)  # float8: likewise
+    assert not is_taken(q, cache)
+    assert is_taken(torch.cat([q, q]), cache)
     # A thread may have 255 registers, a multiprocessor has 65536; the launch's 168 are what is shared out.
     for fp8 in (False, True):
         config = choose_config(fp8)
@@ -96,6 +98,7 @@ def test_the_plan_of_a_launch() -> None:
         assert plan.splits == 8  # 12 programs unsplit
         assert plan.grid == (96, 1, 1)
         assert plan.pieces == 3 * 2 * 8 * 128
+        assert plan.counters == 12
         assert plan.numbers[1:6] == (2 * 128 * 72, 128 * 72, 72, 64 * 41, 0)
         assert plan.numbers[6:11] == (4096, 2048, 0, 2, 1)
         plan = _plan_call(q, cache[:, :48], indices, None, None, out, None, 1.0, 1, HopperConfig(208, 88))

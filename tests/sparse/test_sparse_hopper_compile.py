@@ -98,11 +98,11 @@ def test_other_lengths_do_not_compile_again() -> None:
 
 
 def test_decode_of_few_requests_from_the_float8_cache() -> None:
-    attention, combine = compile_decode(8)
+    (attention,) = compile_decode(8)  # which merges, too
     check(attention, 8)
-    assert combine.spills == 0
-    # 40 of its 60 loads are 8 parts of 128 codes and 2 of rope values, 16 bytes each; two codes an instruction.
+    # 8 parts of 128 codes and 2 of rope values, 16 bytes each, with what L2 is asked for besides; two codes an
+    # instruction.
     gathering = next(body for body in loops(attention.sass) if count(body, r"F2FP\.F16\.E4M3") == 256)
-    assert count(gathering, r"LDG\.E\.128") == 40
+    assert count(gathering, r"LDG\.E\.LTC256B\.128") == 40
     assert count(gathering, r"STS\.128") == 72
-    assert count(gathering, "LDL|STL") <= 16
+    assert count(gathering, "LDL|STL") <= 32

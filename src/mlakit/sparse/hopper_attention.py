@@ -21,8 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlakit.hopper_counters import arrive, await_all
 from mlakit.sparse.hopper_gather import gather
 from mlakit.sparse.hopper_gather_fp8 import gather_fp8
+from mlakit.sparse.hopper_merge import merge
 from mlakit.sparse.hopper_work import item_of
 
 
@@ -51,9 +53,9 @@ def _finite(m):
 
 
 @gluon.jit
-def _sum(p, numbers, W: gl.constexpr, of_key: gl.constexpr, FP8: gl.constexpr):
+def _sum(p, numbers, kept, W: gl.constexpr, of_key: gl.constexpr, FP8: gl.constexpr):
     if FP8:
-        p = p * numbers.index(4 + W).load(of_key)[None, :]
+        p = p * numbers.index(kept + 4 + W).load(of_key)[None, :]
     return gl.sum(p, 1)
 
 
@@ -103,20 +105,36 @@ def _power(exponent):
 
 @gluon.jit
 def _convert_queries(
-    queries, q_rope, peaks, told_q, told_c, phase, live, of_row: gl.constexpr, W: gl.constexpr
+    queries, q_rope, peaks, told_q, told_c, phase, live, zero, of_row: gl.constexpr, W: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Turn bfloat16 queries into float16 where they lie, each warpgroup its half; what was taken out of rows."""
+    """Turn bfloat16 queries into float16 where they lie, each warpgroup its half; what was taken out of rows.
+
+    Where programs have few keys, in loops that stay loops: they wait for instructions that come from memory, and a
+    quarter of them takes 7000 clocks instead of 11000. Instructions that are there take 1500 more.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     of_query: gl.constexpr = gl.SliceLayout(1, layout)
+    STEPS: gl.constexpr = 4 if SPLIT else 1
+    given = queries._reinterpret(q_rope.dtype, [2 * STEPS, 64, 256 // STEPS], queries.layout)
+    taken = queries._reinterpret(gl.float16, [2 * STEPS, 64, 256 // STEPS], queries.layout)
     r = gl.arange(0, 64, of_query)
-    x = queries._reinterpret(q_rope.dtype, [2, 64, 256], queries.layout).index(W).load(layout).to(gl.float32)
-    peak = gl.where(r < live, gl.max(gl.abs(x), 1), 0.0)
+    x = given.index(W * STEPS).load(layout).to(gl.float32)
+    peak = gl.max(gl.abs(x), 1)
+    if SPLIT:
+        for i in range(W * STEPS + 1, W * STEPS + STEPS + zero):
+            peak = gl.maximum(peak, gl.max(gl.abs(given.index(i).load(layout).to(gl.float32)), 1))
+    peak = gl.where(r < live, peak, 0.0)
     peaks.index(W).store(peak)
     mbarrier.arrive(told_q.index(W), count=1)
     mbarrier.wait(told_q.index(1 - W), phase)
     factor = _power(-_exponent(gl.maximum(peak, peaks.index(1 - W).load(of_query))))
     unit = _power(_exponent(gl.maximum(peaks.index(0).load(of_row), peaks.index(1).load(of_row))))
-    queries.index(W).store((x * factor[:, None]).to(gl.float16))
+    if SPLIT:
+        for i in range(W * STEPS, W * STEPS + STEPS + zero):
+            taken.index(i).store((given.index(i).load(layout).to(gl.float32) * factor[:, None]).to(gl.float16))
+    else:
+        taken.index(W).store((x * factor[:, None]).to(gl.float16))
     if W == 0:
         x = q_rope.index(0).load(layout).to(gl.float32)
         q_rope.index(0).store((x * factor[:, None]).to(q_rope.dtype))
@@ -128,9 +146,9 @@ def _convert_queries(
 
 @gluon.jit
 def _attend(
-    W: gl.constexpr, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-    stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk, splits, zero,
-    queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
+    W: gl.constexpr, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
+    splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
     full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
     ROPE: gl.constexpr, SINK: gl.constexpr, LENGTH: gl.constexpr, MAX_LOGITS: gl.constexpr, SPLIT: gl.constexpr,
     FP8: gl.constexpr, PARTS: gl.constexpr,
@@ -158,7 +176,7 @@ def _attend(
         o = gl.zeros([64, 256], gl.float32, output)
         mbarrier.wait(full_q, done & 1)
         if FP8:
-            unit = _convert_queries(queries, q_rope, peaks, told_q, told_c, done & 1, live, of_row, W)
+            unit = _convert_queries(queries, q_rope, peaks, told_q, told_c, done & 1, live, zero, of_row, W, SPLIT)
         for pair in range(first, last):
             phase = passed & 1
             passed += 1
@@ -170,12 +188,12 @@ def _attend(
             s = _scores(queries, q_rope, keys, ropes, full, phase, z, score, W, ROPE, PARTS)
             if pair == last - 1:
                 mbarrier.arrive(empty_q, count=1)
-            mbarrier.wait(full_b.index(W), phase)
+            kept = phase * 6
             if FP8:  # the key's power of two counts as a part of its score, and is taken out of its weight below
-                if FP8:
-                    s = s * unit[:, None]
-                s = s * numbers.index(2 + W).load(of_key)[None, :] + numbers.index(W).load(of_key)[None, :]
+                power = numbers.index(kept + 2 + W).load(of_key)[None, :]
+                s = s * unit[:, None] * power + numbers.index(kept + W).load(of_key)[None, :]
             else:
+                mbarrier.wait(full_b.index(W), phase)
                 s = s * scale_log2 + numbers.index(W).load(of_key)[None, :]
             if W == 0:
                 m_new = gl.maximum(m, gl.max(s, 1))
@@ -185,7 +203,7 @@ def _attend(
                 factors.index(0).store(factor)
                 mbarrier.arrive(told_m, count=1)
                 p = gl.exp2(s - shift[:, None])
-                l = l * factor + _sum(p, numbers, W, of_key, FP8)
+                l = l * factor + _sum(p, numbers, kept, W, of_key, FP8)
                 o = o * gl.convert_layout(factor, of_out_row)[:, None]
                 own = gl.convert_layout(p.to(DTYPE), operand)
                 o = warpgroup_mma(own, k_al, o, is_async=True)
@@ -220,7 +238,7 @@ def _attend(
                 fence_async_shared()
                 mbarrier.arrive(told_p.index(1), count=1)
                 factor = factor * earlier
-                l = l * factor + _sum(p, numbers, W, of_key, FP8)
+                l = l * factor + _sum(p, numbers, kept, W, of_key, FP8)
                 o = o * gl.convert_layout(factor, of_out_row)[:, None]
                 own = gl.convert_layout(rounded, operand)
                 o = warpgroup_mma(own, k_br, o, is_async=True)
@@ -245,13 +263,15 @@ def _attend(
             inverse = gl.where(l == 0.0, 0.0, inverse / (1.0 + gl.exp2(sink - lse)))
         o = o * gl.convert_layout(inverse, of_out_row)[:, None]
         if SPLIT:
-            part = ((token.to(gl.int64) * splits + piece) * heads + head) * 512
-            r = gl.arange(0, 64, of_out_row)
-            c = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, output))
-            gl.store(partial_ptr + part + (r[:, None] * 512 + c[None, :]), o, mask=(r < live)[:, None])
+            at = (token.to(gl.int64) * splits + piece) * heads + head
+            result = gl.convert_layout(o.to(partial_ptr.dtype.element_ty), stored)
+            r = gl.arange(0, 64, gl.SliceLayout(1, stored))
+            c = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, stored))
+            gl.store(partial_ptr + at * 512 + (r[:, None] * 512 + c[None, :]), result, mask=(r < live)[:, None])
             if W == 0:
-                at = (token.to(gl.int64) * splits + piece) * heads + head
                 gl.store(partial_lse_ptr + at + row, lse, mask=row < live)
+            counter = token * row_tiles + item % row_tiles
+            arrive(counter_ptr + counter, (piece == 0) & (W == 0), 2 * splits)
         else:
             result = gl.convert_layout(o.to(out_ptr.dtype.element_ty), stored)
             r = gl.arange(0, 64, gl.SliceLayout(1, stored))
@@ -263,10 +283,19 @@ def _attend(
                 gl.store(lse_ptr + at + row, lse * LN2, mask=row < live)
                 if MAX_LOGITS:
                     gl.store(max_ptr + at + row, m * LN2, mask=row < live)
-    if SPLIT:  # the kernel that merges may be brought up; it waits for the end of this one before it reads
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1
-        )
+    if SPLIT:  # pieces are merged by the programs that computed them, each some rows
+        for item in range(gl.program_id(0), items, gl.num_programs(0)):
+            token, piece, _kv_head, head, live, first, last, _end = item_of(
+                item, length_ptr, stride_lb, stride_ls, q_len, group, row_tiles, topk, splits, LENGTH, SPLIT
+            )
+            await_all(counter_ptr + (token * row_tiles + item % row_tiles))
+            at = token.to(gl.int64) * splits * heads + head
+            base = out_ptr + (token // q_len) * stride_ob + (token % q_len) * stride_os + head * stride_oh
+            merge(
+                partial_ptr + at * 512, partial_lse_ptr + at, sink_ptr + head, base,
+                lse_ptr + (token.to(gl.int64) * heads + head), gl.minimum(live, 64), piece, splits, heads, stride_oh,
+                W * 256, SINK,
+            )  # fmt: skip
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
@@ -278,8 +307,9 @@ def _attend(
 )  # fmt: skip
 def _mla_sparse_hopper_kernel(
     q_ptr, kv_ptr, indices_ptr, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
-    partial_ptr,  # [tokens, splits, heads, 512] float32
+    partial_ptr,  # [tokens, splits, heads, 512], out's dtype
     partial_lse_ptr,  # [tokens, splits, heads] float32, base 2
+    counter_ptr,  # [tokens * row_tiles], `hopper_counters`
     scale_log2, stride_qb: gl.int64, stride_qs: gl.int64, stride_qh: gl.int64, stride_kp: gl.int64, stride_kh: gl.int64,
     stride_ib: gl.int64, stride_is: gl.int64, stride_ih: gl.int64,
     stride_lb: gl.int64, stride_ls: gl.int64, stride_ob: gl.int64, stride_os: gl.int64, stride_oh: gl.int64,
@@ -300,8 +330,9 @@ def _mla_sparse_hopper_kernel(
     q_rope = queries
     if ROPE:
         q_rope = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [1, 64, 64], matrix)
-    # Of each tile's keys: what is added to scores; with the float8 cache also factors of scores and of weights.
-    numbers = gl.allocate_shared_memory(gl.float32, [6 if FP8 else 2, 64], vector)
+    # Of each tile's keys: what is added to scores; with the float8 cache also factors of scores and of weights, all
+    # twice, so that a pair's can be told before those of the pair before are read.
+    numbers = gl.allocate_shared_memory(gl.float32, [12 if FP8 else 2, 64], vector)
     maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
     factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
     sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
@@ -342,23 +373,23 @@ def _mla_sparse_hopper_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    0, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                    stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
-                    splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
-                    full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
+                    0, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+                    scale_log2, stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group,
+                    row_tiles, topk, splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors,
+                    sums, full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
                     ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (_attend, (
-                    1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                    stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
-                    splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
-                    full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
+                    1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+                    scale_log2, stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group,
+                    row_tiles, topk, splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors,
+                    sums, full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
                     ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (gather_fp8, (
                     q_ptr, kv_ptr, indices_ptr, length_ptr, scale_log2, stride_qb, stride_qs, stride_qh, stride_kp,
                     stride_ib, stride_is, stride_lb, stride_ls, items, q_len, heads, group, row_tiles, topk, s_kv,
-                    splits, queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q, full_b,
+                    splits, queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q,
                     STRIDE_KT, PAGE_SIZE, LENGTH, SPLIT,
                 )),
             ],
@@ -369,17 +400,17 @@ def _mla_sparse_hopper_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    0, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                    stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
-                    splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
-                    full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
+                    0, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+                    scale_log2, stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group,
+                    row_tiles, topk, splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors,
+                    sums, full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
                     ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (_attend, (
-                    1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                    stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group, row_tiles, topk,
-                    splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors, sums,
-                    full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
+                    1, length_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+                    scale_log2, stride_lb, stride_ls, stride_ob, stride_os, stride_oh, items, q_len, heads, group,
+                    row_tiles, topk, splits, zero, queries, q_rope, keys, ropes, weights, numbers, maxima, factors,
+                    sums, full, empty, full_q, empty_q, full_b, told_m, told_s, told_p, told_l, peaks, told_q, told_c,
                     ROPE, SINK, LENGTH, MAX_LOGITS, SPLIT, FP8, PARTS,
                 )),
                 (gather, (

@@ -38,14 +38,40 @@ def _words_at(kv_ptr, index, stride_kp, STRIDE_KT: gl.constexpr, PAGE_SIZE: gl.c
 
 @gluon.jit
 def _load(words, valid, FIRST: gl.constexpr, layout: gl.constexpr):
-    """128 bytes of each key, from word FIRST on."""
+    """128 bytes of each key, from word FIRST on; L2 is asked for the 256 that they are a part of."""
     c = FIRST + gl.arange(0, 32, gl.SliceLayout(0, layout))
-    return gl.load(words[:, None] + c[None, :], mask=valid[:, None], other=0)
+    at = (words[:, None] + c[None, :]).to(gl.int64)
+    wanted = gl.zeros([64, 32], gl.int32, layout) + valid.to(gl.int32)[:, None]
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.u32 wanted, $8, 0;
+        mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @wanted ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r",
+        [at, wanted],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
 
 
 @gluon.jit
-def _load_scale(words, valid, GROUP: gl.constexpr):
-    return gl.load(words + (128 + GROUP), mask=valid, other=0).to(gl.float32, bitcast=True)
+def _load_scales(words, valid, layout: gl.constexpr):
+    """The four scales of each key: 16 bytes at once."""
+    of_key: gl.constexpr = gl.SliceLayout(1, layout)
+    c = 128 + gl.arange(0, 4, gl.SliceLayout(0, layout))
+    four = gl.load(words[:, None] + c[None, :], mask=valid[:, None], other=0).to(gl.float32, bitcast=True)
+    even, odd = gl.split(gl.reshape(four, [64, 2, 2]))
+    s0, s2 = gl.split(even)
+    s1, s3 = gl.split(odd)
+    return (
+        gl.convert_layout(s0, of_key),
+        gl.convert_layout(s1, of_key),
+        gl.convert_layout(s2, of_key),
+        gl.convert_layout(s3, of_key),
+    )
 
 
 @gluon.jit
@@ -55,8 +81,10 @@ def _twice(x):
 
 
 @gluon.jit
-def _store_codes(codes, scale, place):
-    """128 columns of the tile, as words [64, 64] of two float16 each."""
+def _convert(codes, scale):
+    """128 columns of a tile, as words [64, 64] of two float16 each; computed where it stands, before a wait for the
+    tile's memory, say.
+    """
     low, high = gl.inline_asm_elementwise(
         """{
         .reg .b16 a, b;
@@ -69,10 +97,10 @@ def _store_codes(codes, scale, place):
         "=&r,=&r,r,r",
         [codes, gl.zeros_like(codes) + scale[:, None]],
         dtype=(gl.int32, gl.int32),
-        is_pure=True,
+        is_pure=False,
         pack=1,
     )
-    place.store(gl.reshape(gl.join(low, high), [64, 64]))
+    return gl.reshape(gl.join(low, high), [64, 64])
 
 
 @gluon.jit
@@ -89,16 +117,16 @@ def _store_rope(values, factor, place):
 
 
 @gluon.jit
-def _units(s0, s1, s2, s3, valid, scale_log2, numbers, TILE: gl.constexpr):
+def _units(s0, s1, s2, s3, valid, scale_log2, numbers, at, TILE: gl.constexpr):
     """Scales in units of the key's power of two, as pairs of float16, and what its rope part is multiplied by. What the
     softmax needs to know goes to shared memory.
     """
     largest = gl.maximum(gl.maximum(s0, s1), gl.maximum(s2, s3))
     exponent = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 127, -60) - 6
     shrink = _power(-exponent)
-    numbers.index(TILE).store(gl.where(valid, exponent.to(gl.float32), -float("inf")))
-    numbers.index(2 + TILE).store(gl.where(valid, _power(exponent) * scale_log2, 0.0))
-    numbers.index(4 + TILE).store(gl.where(valid, shrink, 0.0))
+    numbers.index(at + TILE).store(gl.where(valid, exponent.to(gl.float32), -float("inf")))
+    numbers.index(at + 2 + TILE).store(gl.where(valid, _power(exponent) * scale_log2, 0.0))
+    numbers.index(at + 4 + TILE).store(gl.where(valid, shrink, 0.0))
     return (
         _twice((s0 * shrink).to(gl.float16)),
         _twice((s1 * shrink).to(gl.float16)),
@@ -112,7 +140,7 @@ def _units(s0, s1, s2, s3, valid, scale_log2, numbers, TILE: gl.constexpr):
 def gather_fp8(
     q_ptr, kv_ptr, indices_ptr, length_ptr, scale_log2, stride_qb, stride_qs, stride_qh, stride_kp,
     stride_ib, stride_is, stride_lb, stride_ls, items, q_len, heads, group, row_tiles, topk, s_kv, splits,
-    queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q, full_b,
+    queries, q_rope, keys, ropes, numbers, full, empty, full_q, empty_q,
     STRIDE_KT: gl.constexpr, PAGE_SIZE: gl.constexpr, LENGTH: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # Four threads have 64 codes of a key, which are 128 bytes of float16: what eight threads write at once, of two
@@ -144,27 +172,21 @@ def gather_fp8(
         valid_b = index_b.to(gl.uint32) < s_kv.to(gl.uint32)
         words_a = _words_at(kv_ptr, index_a, stride_kp, STRIDE_KT, PAGE_SIZE)
         words_b = _words_at(kv_ptr, index_b, stride_kp, STRIDE_KT, PAGE_SIZE)
-        a0 = _load_scale(words_a, valid_a, 0)
-        a1 = _load_scale(words_a, valid_a, 1)
-        a2 = _load_scale(words_a, valid_a, 2)
-        a3 = _load_scale(words_a, valid_a, 3)
+        a0, a1, a2, a3 = _load_scales(words_a, valid_a, layout)
         x0 = _load(words_a, valid_a, 0, layout)
         x1 = _load(words_a, valid_a, 32, layout)
-        b0 = _load_scale(words_b, valid_b, 0)
-        b1 = _load_scale(words_b, valid_b, 1)
-        b2 = _load_scale(words_b, valid_b, 2)
-        b3 = _load_scale(words_b, valid_b, 3)
+        b0, b1, b2, b3 = _load_scales(words_b, valid_b, layout)
         x2 = _load(words_b, valid_b, 64, layout)
         for pair in range(first, last):
             free = (passed & 1) ^ 1
             passed += 1
-            # A tile's numbers are read before its first half is free.
+            kept = (free ^ 1) * 6  # where what is told of keys lies: there is room for two pairs
+            a0h, a1h, a2h, a3h, a_rope = _units(a0, a1, a2, a3, valid_a, scale_log2, numbers, kept, 0)
+            converted = _convert(x0, a0h)
             mbarrier.wait(empty.index(0), free)
-            a0h, a1h, a2h, a3h, a_rope = _units(a0, a1, a2, a3, valid_a, scale_log2, numbers, 0)
-            mbarrier.arrive(full_b.index(0), count=1)
-            _store_codes(x0, a0h, tiles.index(0).slice(0, 64, 1))
+            tiles.index(0).slice(0, 64, 1).store(converted)
             x3 = _load(words_b, valid_b, 96, layout)
-            _store_codes(x1, a1h, tiles.index(0).slice(64, 64, 1))
+            tiles.index(0).slice(64, 64, 1).store(_convert(x1, a1h))
             fence_async_shared()
             mbarrier.arrive(full.index(0), count=1)
             x4 = _load(words_a, valid_a, 64, layout)
@@ -172,44 +194,40 @@ def gather_fp8(
             index_a = gl.load(own + at, mask=at < end, other=-1)
             index_b = gl.load(own + (at + 64), mask=at + 64 < end, other=-1)
 
+            b0h, b1h, b2h, b3h, b_rope = _units(b0, b1, b2, b3, valid_b, scale_log2, numbers, kept, 1)
+            converted = _convert(x2, b2h)
             mbarrier.wait(empty.index(3), free)
-            b0h, b1h, b2h, b3h, b_rope = _units(b0, b1, b2, b3, valid_b, scale_log2, numbers, 1)
-            mbarrier.arrive(full_b.index(1), count=1)
-            _store_codes(x2, b2h, tiles.index(3).slice(0, 64, 1))
+            tiles.index(3).slice(0, 64, 1).store(converted)
             x5 = _load(words_a, valid_a, 96, layout)
-            _store_codes(x3, b3h, tiles.index(3).slice(64, 64, 1))
+            tiles.index(3).slice(64, 64, 1).store(_convert(x3, b3h))
             fence_async_shared()
             mbarrier.arrive(full.index(3), count=1)
             x6 = _load(words_a, valid_a, 132, layout)
 
+            converted = _convert(x4, a2h)
             mbarrier.wait(empty.index(1), free)
-            _store_codes(x4, a2h, tiles.index(1).slice(0, 64, 1))
+            tiles.index(1).slice(0, 64, 1).store(converted)
             x7 = _load(words_b, valid_b, 0, layout)
             _store_rope(x6, a_rope, rope_tiles.index(0))
-            _store_codes(x5, a3h, tiles.index(1).slice(64, 64, 1))
+            tiles.index(1).slice(64, 64, 1).store(_convert(x5, a3h))
             x8 = _load(words_b, valid_b, 32, layout)
             fence_async_shared()
             mbarrier.arrive(full.index(1), count=1)
-            x9 = _load(words_b, valid_b, 132, layout)
             valid_a = index_a.to(gl.uint32) < s_kv.to(gl.uint32)
             words_a = _words_at(kv_ptr, index_a, stride_kp, STRIDE_KT, PAGE_SIZE)
-            a0 = _load_scale(words_a, valid_a, 0)
-            a1 = _load_scale(words_a, valid_a, 1)
-            a2 = _load_scale(words_a, valid_a, 2)
-            a3 = _load_scale(words_a, valid_a, 3)
+            a0, a1, a2, a3 = _load_scales(words_a, valid_a, layout)
+            x9 = _load(words_b, valid_b, 132, layout)
 
+            converted = _convert(x7, b0h)
             mbarrier.wait(empty.index(2), free)
-            _store_codes(x7, b0h, tiles.index(2).slice(0, 64, 1))
+            tiles.index(2).slice(0, 64, 1).store(converted)
             x0 = _load(words_a, valid_a, 0, layout)
             _store_rope(x9, b_rope, rope_tiles.index(1))
-            _store_codes(x8, b1h, tiles.index(2).slice(64, 64, 1))
+            tiles.index(2).slice(64, 64, 1).store(_convert(x8, b1h))
+            valid_b = index_b.to(gl.uint32) < s_kv.to(gl.uint32)
+            words_b = _words_at(kv_ptr, index_b, stride_kp, STRIDE_KT, PAGE_SIZE)
+            b0, b1, b2, b3 = _load_scales(words_b, valid_b, layout)
             x1 = _load(words_a, valid_a, 32, layout)
             fence_async_shared()
             mbarrier.arrive(full.index(2), count=1)
-            valid_b = index_b.to(gl.uint32) < s_kv.to(gl.uint32)
-            words_b = _words_at(kv_ptr, index_b, stride_kp, STRIDE_KT, PAGE_SIZE)
-            b0 = _load_scale(words_b, valid_b, 0)
-            b1 = _load_scale(words_b, valid_b, 1)
-            b2 = _load_scale(words_b, valid_b, 2)
-            b3 = _load_scale(words_b, valid_b, 3)
             x2 = _load(words_b, valid_b, 64, layout)

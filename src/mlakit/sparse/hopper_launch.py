@@ -4,18 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
+from mlakit.hopper_counters import counters as counters_of
 from mlakit.sparse.config import choose_splits
 from mlakit.sparse.hopper_attention import _mla_sparse_hopper_kernel
 from mlakit.sparse.hopper_config import PAIR, RANK, ROWS, HopperConfig, choose_config
-from mlakit.sparse.triton_combine import _mla_sparse_combine_kernel
 from mlakit.triton_launch import Launches
 
 LOG2E = 1.4426950408889634
-_ATTENTION, _COMBINE = Launches(_mla_sparse_hopper_kernel), Launches(_mla_sparse_combine_kernel)
+_ATTENTION = Launches(_mla_sparse_hopper_kernel)
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class _CallPlan:
     constants: dict[str, Any]
     splits: int
     pieces: int  # rows of partial results
-    combine_grid: tuple[int, int, int]
-    combine_numbers: tuple[int, ...]
-    combine_constants: dict[str, Any]
+    counters: int  # tiles of heads of all tokens
 
 
 _PLANS: dict[Any, _CallPlan] = {}
@@ -96,21 +93,13 @@ def _plan_call(
             "LENGTH": topk_length is not None,
             "MAX_LOGITS": max_logits is not None,
             "SPLIT": splits > 1,
-            "PARTS": config.parts,
+            "PARTS": 1 if fp8 else config.parts,
             "CONSUMER_REGS": config.consumer_regs,
             "PRODUCER_REGS": config.producer_regs,
         },
         splits=splits,
         pieces=tokens * splits * heads,
-        combine_grid=(tokens * heads, RANK // 128, 1),
-        combine_numbers=(*out_strides, q_len, heads, splits),
-        combine_constants={
-            "BLOCK_P": max(2, triton.next_power_of_2(splits)),
-            "BLOCK_C": 128,
-            "RANK": RANK,
-            "SINK": attn_sink is not None,
-            "DEPENDENT": True,
-        },
+        counters=tokens * row_tiles,
     )  # fmt: skip
 
 
@@ -149,22 +138,19 @@ def _launch_hopper(
             _PLANS[key] = plan
     # A kernel argument needs some pointer, also where nothing is read or written by it.
     sink, length = out if attn_sink is None else attn_sink, indices if topk_length is None else topk_length
-    partial, partial_lse = out, lse
+    partial, partial_lse, counters = out, lse, indices
     if plan.splits > 1:
-        partial = torch.empty((plan.pieces, RANK), dtype=torch.float32, device=device)
+        partial = torch.empty((plan.pieces, RANK), dtype=out.dtype, device=device)
         partial_lse = torch.empty(plan.pieces, dtype=torch.float32, device=device)
+        counters = counters_of(device, plan.counters)
     tensors = (
-        q, keys, indices, length, sink, out, lse if max_logits is None else max_logits, lse, partial, partial_lse
+        q, keys, indices, length, sink, out, lse if max_logits is None else max_logits, lse, partial, partial_lse,
+        counters,
     )  # fmt: skip
     if device.type != "cuda" or not _ATTENTION.again(key, device, tensors):
         with warps_together():
-            _ATTENTION.first(key, device, plan.grid, tensors, plan.numbers, plan.constants, num_warps=4)
-    if plan.splits == 1:
-        return
-    merged = (partial, partial_lse, sink, out, lse)
-    if device.type != "cuda" or not _COMBINE.again(key, device, merged):
-        numbers, constants = plan.combine_numbers, plan.combine_constants
-        # Brought up while the first kernel drains; it waits for its end before it reads.
-        _COMBINE.first(
-            key, device, plan.combine_grid, merged, numbers, constants, num_warps=4, launch_pdl=True
-        )  # fmt: skip
+            # Cooperative where programs wait for one another: all of them must be resident.
+            _ATTENTION.first(
+                key, device, plan.grid, tensors, plan.numbers, plan.constants, num_warps=4,
+                launch_cooperative_grid=plan.splits > 1,
+            )  # fmt: skip
