@@ -22,7 +22,6 @@ from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cach
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
 from mlakit.indexer.hopper_launch import (
-    launch_indexer_logits_hopper,
     launch_indexer_logits_paged_hopper,
     launch_select_topk_hopper,
 )
@@ -41,9 +40,10 @@ FEW_ROWS = [(64, 131072), (1, 131072)]
 CHECKED = 16
 
 LOGITS = [
-    *(HopperLogitsConfig(2, split, stages) for split, stages in [(2048, 4), (4096, 4), (8192, 4), (8192, 6)]),
-    LogitsConfig(2, 64, 4, 4, 4096, descriptors=True),
+    *(LogitsConfig(2, 64, 4, 4, split, descriptors=True) for split in (1024, 4096, 16384)),
+    LogitsConfig(2, 64, 4, 3, 8192, descriptors=True),
     LogitsConfig(2, 64, 4, 3, 8192),
+    LogitsConfig(2, 128, 4, 3, 8192, descriptors=True),
 ]
 PAGED = [
     *(HopperLogitsConfig(queries, split, 4) for queries in (1, 2) for split in (512, 1024, 2048, 4096)),
@@ -54,8 +54,8 @@ TOPK = [
     *(
         HopperTopkConfig(threads, held, sample, ahead, registers)
         for threads, held, sample, ahead, registers in [
-            (512, 8, 2048, False, 40), (512, 8, 2048, True, 64), (512, 16, 4096, False, 64), (512, 8, 8192, False, 40),
-            (512, 8, 8192, True, 64), (1024, 4, 8192, False, 32), (1024, 8, 8192, True, 64),
+            (512, 8, 2048, False, 40), (512, 16, 4096, False, 40), (512, 16, 4096, False, 64),
+            (512, 16, 16384, False, 40), (512, 8, 16384, True, 64), (1024, 8, 16384, True, 64),
         ]
     ),
     TopkConfig(4096, 2048, 1024, 4, 4),
@@ -101,10 +101,9 @@ def name_of(config: Any) -> str:
     return kind + "".join(f" {name[0]}{value}" for name, value in vars(config).items() if value is not None)
 
 
-def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig | HopperLogitsConfig) -> Tensors:
+def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig) -> Tensors:
     out = torch.empty(arguments[0].shape[0], arguments[1].shape[0], device=CUDA)
-    hopper = isinstance(config, HopperLogitsConfig)
-    (launch_indexer_logits_hopper if hopper else launch_indexer_logits)(*arguments, out, config)
+    launch_indexer_logits(*arguments, out, config)
     return (out,)
 
 
@@ -130,8 +129,7 @@ def logits_jobs(tune: bool, peer: Any) -> Iterator[Job]:
                     indexer_logits_reference(*some, dtype=torch.bfloat16)),
             peer="deep_gemm",
         )  # fmt: skip
-        for impl in IMPLS:
-            job.candidates.append((impl, lambda a=arguments, b=limits, i=impl: (indexer_logits(*a, *b, impl=i),)))
+        job.candidates.append(("triton", lambda a=arguments, b=limits: (indexer_logits(*a, *b),)))
         if peer is not None:
             q, k, scales, weights = arguments
             call: Callable[[], Tensors] = lambda q=q, k=(k, scales), w=weights, s=start, e=end: (  # noqa: E731

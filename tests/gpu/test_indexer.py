@@ -13,7 +13,6 @@ from mlakit.indexer import (
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
 from mlakit.indexer.hopper_launch import (
-    launch_indexer_logits_hopper,
     launch_indexer_logits_paged_hopper,
     launch_select_topk_hopper,
 )
@@ -69,14 +68,13 @@ def _check(out, reference, eager):
     ],
 )
 @pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_logits_against_float64(s_q, s_kv, heads, dim, limited, impl):
+def test_logits_against_float64(s_q, s_kv, heads, dim, limited):
     arguments = _inputs(s_q, s_kv, heads, dim)
     limits: Limits = (None, None)
     if limited:  # some of them empty, before the first key or behind the last
         end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
         limits = (torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32), end)
-    out = indexer_logits(*arguments, *limits, impl=impl)
+    out = indexer_logits(*arguments, *limits)
     reference = _in(torch.float64, indexer_logits_reference, *arguments, *limits)
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, *limits))
 
@@ -100,22 +98,21 @@ def test_every_kind_of_configuration(config):
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_keys_that_nobody_sees_are_not_read(impl):
+def test_keys_that_nobody_sees_are_not_read():
     q, k, scales, weights = _inputs(10, 4096)
     k.view(torch.uint8)[2048:] = 0x7F
     scales[2048:] = torch.nan
     end = torch.full((10,), 2000, device="cuda", dtype=torch.int32)
-    out = indexer_logits(q, k, scales, weights, None, end, impl=impl)
+    out = indexer_logits(q, k, scales, weights, None, end)
     assert not out.isnan().any()
     k.view(torch.uint8)[7, 3] = 0x7F
-    assert indexer_logits(q, k, scales, weights, None, end, impl=impl)[:, 7].isnan().all()
+    assert indexer_logits(q, k, scales, weights, None, end)[:, 7].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_than_2_to_the_31_logits_and_elements(impl):
     q, k, scales, weights = _inputs(20000, 110_001)
-    out = indexer_logits(q, k, scales, weights, impl=impl)
+    out = indexer_logits(q, k, scales, weights)
     rows = slice(0, None, 9999)
     reference = _in(torch.float64, indexer_logits_reference, q[rows], k, scales, weights[rows])
     eager = _in(torch.bfloat16, indexer_logits_reference, q[rows], k, scales, weights[rows])
@@ -298,66 +295,43 @@ on_hopper = pytest.mark.skipif(
 )
 
 
-# All heads there are; parts of one tile, of an odd and an even number of them, fewer than there are stages and more;
-# one query, a tile of them that is not full; limits before, behind, around and outside of the keys.
+# Pages of a tile and of three; parts of one tile, of an odd and an even number, of fewer than there are stages, of more;
+# all heads there are, queries that fill their tiles and do not; requests without keys and with fewer than queries.
 @on_hopper
 @pytest.mark.parametrize(
-    ("s_q", "s_kv", "heads", "config"),
+    ("q_len", "page_size", "heads", "config"),
     [
-        (131, 3001, 64, HopperLogitsConfig(2, 64)),
-        (131, 3001, 64, HopperLogitsConfig(2, 192, 6)),
-        (131, 3001, 64, HopperLogitsConfig(1, 1024, 3)),
-        (66, 900, 32, HopperLogitsConfig(4, 512)),
-        (5, 333, 128, HopperLogitsConfig(1, 320)),
-        (1, 1, 64, None),
+        (1, 64, 64, HopperLogitsConfig(1, 512)),
+        (3, 64, 64, HopperLogitsConfig(2, 1024, 6)),
+        (4, 192, 64, HopperLogitsConfig(2, 64)),
+        (4, 64, 32, HopperLogitsConfig(4, 192, 3)),
+        (2, 64, 128, HopperLogitsConfig(1, 320)),
     ],
 )
-@pytest.mark.parametrize("limited", [False, True])
-def test_logits_of_every_kind_of_launch(s_q, s_kv, heads, config, limited):
-    arguments = _inputs(s_q, s_kv, heads)
-    start, end = None, None
-    if limited:
-        start = torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32)
-        end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
-    out = poison_(torch.empty(s_q, s_kv, device="cuda"))
-    q, k, scales, weights = arguments
-    launch_indexer_logits_hopper(q, k, scales, weights, start, end, out, config)
-    reference = _in(torch.float64, indexer_logits_reference, *arguments, start, end)
-    _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
-    again = poison_(torch.empty_like(out))
-    launch_indexer_logits_hopper(q, k, scales, weights, start, end, again, config)
-    assert torch.equal(out, again)
-
-
-# Pages of a tile and of three, queries that fill their tiles and do not, requests without keys and with fewer keys than
-# queries.
-@on_hopper
-@pytest.mark.parametrize(
-    ("q_len", "page_size", "config"),
-    [(1, 64, HopperLogitsConfig(1, 512)), (3, 64, HopperLogitsConfig(2, 1024, 6)), (4, 192, HopperLogitsConfig(2, 64))],
-)
-def test_paged_logits_of_every_kind_of_launch(q_len, page_size, config):
-    arguments = _paged([0, 1, 2, 63, 64, 65, 3000, 9999], page_size, q_len)
+def test_paged_logits_of_every_kind_of_launch(q_len, page_size, heads, config):
+    arguments = _paged([0, 1, 2, 63, 64, 65, 3000, 9999], page_size, q_len, heads)
     out = poison_(torch.empty(8 * q_len, 10007, device="cuda"))
     q, cache, weights, table, lens = arguments
     launch_indexer_logits_paged_hopper(q, cache, weights, table, lens, out, config)
     reference = _in(torch.float64, indexer_logits_paged_reference, *arguments, 10007)
     _check(out, reference, _in(torch.bfloat16, indexer_logits_paged_reference, *arguments, 10007))
+    again = poison_(torch.empty_like(out))
+    launch_indexer_logits_paged_hopper(q, cache, weights, table, lens, again, config)
+    assert torch.equal(out, again)
 
 
 @on_hopper
 def test_what_it_cannot_run_is_refused_when_named():
-    q, k, scales, weights = _inputs(4, 200, 40)
-    with pytest.raises(RuntimeError, match="heads must be 32, 64 or 128, got 40"):
-        indexer_logits(q, k, scales, weights, impl="hopper")
-    indexer_logits(q, k, scales, weights)
-    q, k, scales, weights = _inputs(4, 200)
-    moved = torch.empty(201 * 128, dtype=torch.uint8, device="cuda")[8:-120].view(F8).view(200, 128).copy_(k)
-    with pytest.raises(RuntimeError, match="multiples of 16, got 8 mod 16"):
-        indexer_logits(q, moved, scales, weights, impl="hopper")
-    assert torch.equal(indexer_logits(q, moved, scales, weights), indexer_logits(q, k, scales, weights, impl="triton"))
     with pytest.raises(RuntimeError, match="page size that is a multiple of 64, got 16"):
         indexer_logits_paged(*_paged([40], 16, 1), max_context_len=40, impl="hopper")
+    with pytest.raises(RuntimeError, match="heads must be 32, 64 or 128, got 40"):
+        indexer_logits_paged(*_paged([40], 64, 1, heads=40), max_context_len=40, impl="hopper")
+    q, *rest = _paged([40, 3], 64, 1)
+    moved = torch.empty(q.numel() + 16, dtype=torch.uint8, device="cuda")[8:-8].view(F8).view(q.shape).copy_(q)
+    with pytest.raises(RuntimeError, match="multiples of 16, got 8 mod 16"):
+        indexer_logits_paged(moved, *rest, max_context_len=40, impl="hopper")
+    expected = indexer_logits_paged(q, *rest, max_context_len=40, impl="triton")
+    assert torch.equal(indexer_logits_paged(moved, *rest, max_context_len=40), expected)
     with pytest.raises(RuntimeError, match="k must be at most 2048, got 2049"):
         select_topk(torch.zeros(1, 4000, device="cuda"), 2049, impl="hopper")
     with pytest.raises(RuntimeError, match="up to 163840 columns, got 163841"):

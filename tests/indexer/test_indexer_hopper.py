@@ -3,12 +3,11 @@ import math
 import pytest
 import torch
 
-from mlakit.indexer import indexer_logits, indexer_logits_paged, select_topk
+from mlakit.indexer import indexer_logits_paged, select_topk
 from mlakit.indexer.hopper_config import (
     hopper_logits_config,
     hopper_topk_config,
     why_not_aligned,
-    why_not_logits,
     why_not_paged,
     why_not_topk,
 )
@@ -19,16 +18,15 @@ UNITS = 132
 
 @pytest.mark.parametrize("heads", [32, 64, 128])
 @pytest.mark.parametrize(
-    ("s_q", "s_kv", "q_len"),
-    [(4096, 8192, None), (1, 131072, None), (1, 1, None), (64, 300, None), (64, 32768, 1), (384, 8192, 3), (0, 64, 1)],
+    ("batch", "q_len", "columns"), [(64, 1, 32768), (128, 2, 8192), (1, 1, 131072), (1, 3, 1), (0, 1, 64)]
 )
-def test_a_program_of_logits_takes_whole_tiles(s_q, s_kv, q_len, heads):
-    config = hopper_logits_config(s_q, s_kv, heads, UNITS, q_len=q_len)
+def test_a_program_of_logits_takes_whole_tiles(batch, q_len, columns, heads):
+    config = hopper_logits_config(batch, q_len, heads, columns, UNITS)
     assert config.split % 64 == 0
     assert config.split > 0
     assert config.queries & (config.queries - 1) == 0
     assert config.queries * heads <= 128
-    assert config.queries <= max(s_q if q_len is None else q_len, 1)
+    assert config.queries <= q_len
 
 
 # Lengths at which another sample begins, and the longest one.
@@ -40,43 +38,37 @@ def test_a_row_is_held_or_its_candidates_have_room(rows, columns, k):
     if not config.sample:
         assert config.threads * config.held >= columns
         return
-    # What the sample asks for, its scatter, and that of sixteen warps' parts (or thirty-two).
+    assert config.sample % 2048 == 0
+    # What the sample asks for, three standard deviations of it, and three of a warp's part.
     share = k / columns
     expected = config.sample * share
-    wanted = (expected + 3.5 * math.sqrt(expected * (1 - share)) + 3) * 1.01
-    candidates = (wanted + 2 * math.sqrt(wanted)) * columns / config.sample
+    wanted = expected + 4.5 * math.sqrt(expected * (1 - share)) + 3
+    candidates = (wanted + 3 * math.sqrt(wanted)) * columns / config.sample
     warps = config.threads // 32
-    part = candidates / warps
-    assert part + 2.5 * math.sqrt(part) <= 4096 / warps
+    part = min(candidates, columns) / warps
+    assert part + 3 * math.sqrt(part) <= 4096 / warps
 
 
 def test_what_the_kernels_for_hopper_leave_to_others():
-    q, k = torch.empty(4, 64, 128, dtype=F8), torch.empty(9, 128, dtype=F8)
-    cache = torch.empty(5, 64, 132, dtype=torch.uint8)
+    q, cache = torch.empty(1, 4, 64, 128, dtype=F8), torch.empty(5, 64, 132, dtype=torch.uint8)
     uneven = torch.empty(5 * 8452, dtype=torch.uint8).as_strided((5, 64, 132), (8452, 132, 1))
-    assert why_not_logits(q, k) is why_not_paged(q[None], cache) is why_not_topk(163840, 2048) is None
-    assert why_not_aligned(q, k) is None
-    assert "heads must be 32, 64 or 128, got 40" in (why_not_logits(q[:, :40].contiguous(), k) or "")
-    assert "dim must be 128, got 64" in (why_not_logits(q[..., :64], k[:, :64]) or "")
-    assert "evenly spaced" in (why_not_logits(q[:, :32], k) or "")
-    assert "a stride of 136" in (why_not_logits(q, torch.empty(9, 136, dtype=F8)[:, :128]) or "")
-    assert "multiple of 64, got 48" in (why_not_paged(q[None], cache[:, :48]) or "")
-    assert "a stride of 8452" in (why_not_paged(q[None], uneven) or "")
+    assert why_not_paged(q, cache) is why_not_topk(163840, 2048) is why_not_aligned(q, cache) is None
+    assert "heads must be 32, 64 or 128, got 40" in (why_not_paged(q[:, :, :40], cache) or "")
+    assert "dim must be 128, got 64" in (why_not_paged(q[..., :64], cache) or "")
+    assert "multiple of 64, got 48" in (why_not_paged(q, cache[:, :48]) or "")
+    assert "a stride of 8452" in (why_not_paged(q, uneven) or "")
     assert "163840 columns, got 163841" in (why_not_topk(163841, 1) or "")
     assert "at most 2048, got 2049" in (why_not_topk(9, 2049) or "")
-    assert "got 8 mod 16" in (why_not_aligned(q, k.view(torch.uint8).view(-1)[8:]) or "")
+    assert "got 8 mod 16" in (why_not_aligned(q, cache.view(-1)[8:]) or "")
 
 
 def test_a_device_without_them_is_named():
-    q, k = torch.zeros(4, 64, 128).to(F8), torch.zeros(9, 128).to(F8)
-    weights, scales = torch.zeros(4, 64), torch.zeros(9)
+    q, weights = torch.zeros(4, 1, 64, 128).to(F8), torch.zeros(4, 1, 64)
     cache, table = torch.zeros(1, 64, 132, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.int32)
     lens = torch.ones(4, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"indexer_logits: impl='hopper' cannot run: .* 9.0 \(Hopper\), got cpu"):
-        indexer_logits(q, k, scales, weights, impl="hopper")
-    with pytest.raises(RuntimeError, match="indexer_logits_paged: impl='hopper' cannot run"):
-        indexer_logits_paged(q[:, None], cache, weights[:, None], table, lens, max_context_len=3, impl="hopper")
+    with pytest.raises(RuntimeError, match=r"indexer_logits_paged: impl='hopper' cannot run: .*\(Hopper\), got cpu"):
+        indexer_logits_paged(q, cache, weights, table, lens, max_context_len=3, impl="hopper")
     with pytest.raises(RuntimeError, match="select_topk: impl='hopper' cannot run"):
-        select_topk(weights, 3, impl="hopper")
+        select_topk(weights[:, 0], 3, impl="hopper")
     with pytest.raises(ValueError, match="unknown impl 'cuda'; expected one of hopper, triton, reference"):
-        select_topk(weights, 3, impl="cuda")
+        select_topk(weights[:, 0], 3, impl="cuda")

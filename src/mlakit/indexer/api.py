@@ -44,8 +44,7 @@ def indexer_logits(
             (`quantize_queries`).
         k_start: [s_q] int32: the first key that each query sees; None for 0.
         k_end: [s_q] int32: one past the last; None for s_kv. A query that sees none gets a row of -inf.
-        impl: "hopper" (Gluon, compute capability 9.0, 32, 64 or 128 heads of 128), "triton" or "reference"; None takes
-            the first that can run.
+        impl: "triton" or "reference"; None takes the first that can run.
 
     Returns:
         [s_q, s_kv] float32, contiguous; -inf where a query does not see a key. NaN stays NaN.
@@ -69,15 +68,14 @@ def indexer_logits(
     for name, limit in (("k_start", k_start), ("k_end", k_end)):
         if limit is not None:
             _check_integers(name, limit, (s_q,), q.device)
-    name = _choose("indexer_logits", impl, q, _unsuitable(heads, dim))
-    if name != "reference":
+    if choose_triton("indexer_logits", impl, q, _unsuitable(heads, dim)) == "triton":
         if k_start is None and k_end is not None:
             k_start = torch.zeros_like(k_end)
         elif k_end is None and k_start is not None:
             k_end = torch.full_like(k_start, k.shape[0])
         limits = () if k_start is None or k_end is None else (k_start, k_end)
         run = ops.run_indexer_logits if unobserved(q, k, k_scales, weights, *limits) else ops.indexer_logits
-        return run(q, k, k_scales, weights, k_start, k_end, name)
+        return run(q, k, k_scales, weights, k_start, k_end)
     return indexer_logits_reference(q, k, k_scales, weights, k_start, k_end)
 
 
@@ -103,8 +101,8 @@ def indexer_logits_paged(
         context_lens: [batch] int32: keys of each request, its newest tokens' own among them; at most blocks *
             page_size.
         max_context_len: columns of the result, at least the longest context.
-        impl: "hopper" (as of `indexer_logits`, and pages of a multiple of 64 tokens), "triton" or "reference" (which
-            waits for the lengths); None takes the first that can run.
+        impl: "hopper" (Gluon, compute capability 9.0; 32, 64 or 128 heads of 128, pages of a multiple of 64 tokens),
+            "triton" or "reference" (which waits for the lengths); None takes the first that can run.
 
     Returns:
         [batch * q_len, max_context_len] float32, contiguous. Token j of a request sees the first context_len - q_len +

@@ -13,50 +13,11 @@ from mlakit.indexer.hopper_config import (
     hopper_logits_config,
     hopper_topk_config,
 )
-from mlakit.indexer.hopper_logits import _indexer_logits_hopper_kernel
+from mlakit.indexer.hopper_logits import _indexer_logits_paged_hopper_kernel
 from mlakit.indexer.hopper_topk import _select_topk_hopper_kernel
 from mlakit.triton_launch import Launches
 
-_LOGITS, _TOPK = Launches(_indexer_logits_hopper_kernel), Launches(_select_topk_hopper_kernel)
-
-
-def launch_indexer_logits_hopper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scales: torch.Tensor,
-    weights: torch.Tensor,
-    k_start: torch.Tensor | None,
-    k_end: torch.Tensor | None,
-    out: torch.Tensor,
-    config: HopperLogitsConfig | None = None,
-) -> None:
-    """Write the logits of every query and key to `out` [s_q, s_kv], contiguous. Both limits are given, or none."""
-    if out.numel() == 0:
-        return
-    s_q, heads, dim = q.shape
-    s_kv = k.shape[0]
-    if config is None:
-        config = hopper_logits_config(s_q, s_kv, heads, device_info(q.device).units)
-    bound = k_start is not None and k_end is not None
-    start, end = (k_start, k_end) if k_start is not None and k_end is not None else (out, out)
-    rows = q.as_strided((s_q * heads, dim), (q.stride(1), 1))
-    tensors = (
-        descriptor_of_rows(rows, config.queries * heads, DIM), descriptor_of_rows(k, TILE, DIM), k_scales, weights,
-        start, end, out, out,
-    )  # fmt: skip
-    key = (q.shape, q.stride(), k.shape, k.stride(), weights.stride(), bound, config)
-    if q.is_cuda and _LOGITS.again(key, q.device, tensors):
-        return
-    q_blocks = triton.cdiv(s_q, config.queries)
-    _LOGITS.first(
-        key,
-        q.device,
-        (q_blocks * triton.cdiv(s_kv, config.split), 1, 1),
-        tensors,
-        (s_q, s_kv, q_blocks, q_blocks, config.split, weights.stride(0), out.stride(0), 0, 0, 0),
-        {"HEADS": heads, "PAGE": 0, "BOUND": bound, "QUERIES": config.queries, "STAGES": config.stages},
-        num_warps=4,
-    )
+_LOGITS, _TOPK = Launches(_indexer_logits_paged_hopper_kernel), Launches(_select_topk_hopper_kernel)
 
 
 def launch_indexer_logits_paged_hopper(
@@ -78,14 +39,13 @@ def launch_indexer_logits_paged_hopper(
     pages, page_size, _ = cache.shape
     columns = out.shape[1]
     if config is None:
-        units = device_info(q.device).units
-        config = hopper_logits_config(batch * q_len, columns, heads, units, q_len=q_len)
+        config = hopper_logits_config(batch, q_len, heads, columns, device_info(q.device).units)
     # Codes fill rows of 128 bytes, and so do scales: the cache is a matrix of such rows.
     page_rows = cache.stride(0) // DIM
     codes = cache.as_strided(((pages - 1) * page_rows + page_size, DIM), (DIM, 1)).view(torch.float8_e4m3fn)
     tensors = (
         descriptor_of_rows(q.view(-1, dim), config.queries * heads, DIM), descriptor_of_rows(codes, TILE, DIM), cache,
-        weights, context_lens, context_lens, block_table, out,
+        weights, context_lens, block_table, out,
     )  # fmt: skip
     key = (q.shape, cache.shape, cache.stride(0), block_table.stride(0), columns, config)
     if q.is_cuda and _LOGITS.again(key, q.device, tensors):
@@ -97,10 +57,8 @@ def launch_indexer_logits_paged_hopper(
         q.device,
         (programs_q * triton.cdiv(columns, config.split), 1, 1),
         (*tensors[:2], cache.view(torch.float32), *tensors[3:]),
-        (
-            q_len, columns, q_blocks, programs_q, config.split, heads, columns, block_table.stride(0), page_rows, 0,
-        ),
-        {"HEADS": heads, "PAGE": page_size, "BOUND": True, "QUERIES": config.queries, "STAGES": config.stages},
+        (q_len, columns, q_blocks, programs_q, config.split, block_table.stride(0), page_rows, 0),
+        {"HEADS": heads, "PAGE": page_size, "QUERIES": config.queries, "STAGES": config.stages},
         num_warps=4,
     )  # fmt: skip
 
@@ -122,7 +80,6 @@ def launch_select_topk_hopper(
     rows, columns = logits.shape
     if config is None:
         config = hopper_topk_config(columns, rows, device_info(logits.device).units)
-    words = triton.next_power_of_2(triton.cdiv(columns, 32 * config.threads))  # of the bitmap, a thread
     _TOPK.first(
         key,
         logits.device,
@@ -133,10 +90,9 @@ def launch_select_topk_hopper(
             "LENGTHS": lengths is not None,
             "HELD": config.held,
             "SAMPLE": config.sample,
-            "WORDS": words,
+            "WORDS": triton.next_power_of_2(triton.cdiv(columns, 32 * config.threads)),
             "THREADS": config.threads,
             "AHEAD": config.ahead,
-            "STAGED": config.staged and 8 * words * config.threads <= 32768,
         },
         num_warps=config.threads // 32,
         maxnreg=config.max_registers,

@@ -1,10 +1,10 @@
 # mypy: disallow-incomplete-defs=False
 # (kernel arguments are pointers and numbers of the GPU, which have no Python type)
-"""The lightning indexer's logits on Hopper: while the tensor cores score a tile of keys, the one before is summed.
+"""The lightning indexer's logits from pages on Hopper: while a tile of keys is scored, the one before is summed.
 
 A program is one warpgroup with the heads of a few queries as the columns of a product, and tiles of 64 keys as its
 rows. Two accumulators take turns: the next product is started as soon as the last one is done, and runs while relu,
-weights and the sum over heads are computed from that. Two programs share a multiprocessor.
+weights and the sum over heads are computed from that. Two programs share a multiprocessor, four of single queries.
 """
 
 import triton.language as tl
@@ -34,23 +34,19 @@ def _zero_word(anything):
 
 
 @gluon.jit
-def _tile_row(table_ptr, first, tile, tiles, page_rows, PAGE: gl.constexpr):
-    """The row of the keys' matrix at which a tile begins; 0 for one past the last, whose page is not looked up."""
-    row = first + tile * TILE
-    if PAGE:
-        page = gl.load(table_ptr + row // PAGE, mask=tile < tiles, other=0)
-        row = page * page_rows + row % PAGE
-    return row
+def _tile_row(table_ptr, key, end, page_rows, PAGE: gl.constexpr):
+    """The row of the cache at which a tile begins, by its first key; page 0 is looked up for one past the last."""
+    page = gl.load(table_ptr + key // PAGE, mask=key < end, other=0)
+    return page * page_rows + key % PAGE
 
 
 @gluon.jit
-def _scales_at(scales_ptr, key, row, last, offs, PAGE: gl.constexpr):
-    """Scales of the tile whose first key is `key`, and which begins at `row`."""
-    if PAGE:  # a row is 128 bytes, and a page's scales lie behind its codes
-        within = key % PAGE
-        return gl.load(scales_ptr + (row - within + PAGE).to(gl.int64) * 32 + within + offs)
-    else:  # noqa: RET505 - Triton compiles both branches if there is no else
-        return gl.load(scales_ptr + gl.minimum(row + offs, last))
+def _scales_at(scales_ptr, key, row, offs, PAGE: gl.constexpr):
+    """Scales of the tile whose first key is `key`, and which begins at `row` of 128 bytes: they lie behind the page's
+    codes.
+    """
+    within = key % PAGE
+    return gl.load(scales_ptr + (row - within + PAGE).to(gl.int64) * 32 + within + offs)
 
 
 @gluon.jit
@@ -103,29 +99,27 @@ def _fill(out_ptr, begin, end):
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(do_not_specialize=["s_q", "s_kv", "q_blocks", "programs_q", "split", "stride_table", "page_rows", "zero"])
-def _indexer_logits_hopper_kernel(
+@gluon.jit(
+    do_not_specialize=["q_len", "columns", "q_blocks", "programs_q", "split", "stride_table", "page_rows", "zero"]
+)
+def _indexer_logits_paged_hopper_kernel(
     q_desc,
     k_desc,
     scales_ptr,
     weights_ptr,
-    start_ptr,
-    end_ptr,
+    lens_ptr,
     table_ptr,
     out_ptr,
-    s_q,  # PAGE: queries of a request
-    s_kv,
-    q_blocks,  # PAGE: of a request
+    q_len,
+    columns,
+    q_blocks,  # of a request
     programs_q,
     split,
-    stride_w,
-    stride_out,
     stride_table,
     page_rows,  # from one page to the next, in rows of 128 bytes
     zero,
     HEADS: gl.constexpr,
-    PAGE: gl.constexpr,  # tokens of a page, 0: keys in a row
-    BOUND: gl.constexpr,  # whether start_ptr and end_ptr are given; PAGE: end_ptr holds the context lengths
+    PAGE: gl.constexpr,  # tokens
     QUERIES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -145,91 +139,62 @@ def _indexer_logits_hopper_kernel(
 
     pid = gl.program_id(0)
     begin = (pid // programs_q) * split
-    end = gl.minimum(begin + split, s_kv)
-    # The last queries first: under causal limits they take the longest.
-    block = programs_q - 1 - pid % programs_q
-    base_q = 0
-    first_q = block * QUERIES
-    if PAGE:
-        request = block // q_blocks
-        base_q = request * s_q
-        first_q = base_q + (block % q_blocks) * QUERIES
-        table_ptr += request.to(gl.int64) * stride_table
-    end_q = base_q + s_q
-    lowest = begin
-    highest = end
-    if PAGE:
-        sight = gl.load(end_ptr + request) - end_q + 1  # query i sees the first sight + i keys
-        highest = gl.minimum(sight + gl.minimum(first_q + QUERIES, end_q) - 1, end)
-    elif BOUND:
-        # Keys that no query sees are not read. The others are scored for all, and what a query does not see is
-        # overwritten in the end.
-        lowest = end
-        highest = begin
-        for i in gl.static_range(QUERIES):
-            lowest = gl.minimum(lowest, gl.load(start_ptr + gl.minimum(first_q + i, end_q - 1)))
-            highest = gl.maximum(highest, gl.load(end_ptr + gl.minimum(first_q + i, end_q - 1)))
-        lowest = begin + (gl.maximum(lowest, begin) - begin) // TILE * TILE
-        highest = gl.minimum(highest, end)
-    tiles = gl.maximum(gl.cdiv(highest - lowest, TILE), 0)
+    end = gl.minimum(begin + split, columns)
+    block = pid % programs_q
+    request = block // q_blocks
+    end_q = (request + 1) * q_len
+    first_q = request * q_len + (block % q_blocks) * QUERIES
+    table_ptr += request.to(gl.int64) * stride_table
+    sight = gl.load(lens_ptr + request) - end_q + 1  # query i sees the first sight + i keys
+    highest = gl.minimum(sight + gl.minimum(first_q + QUERIES, end_q) - 1, end)
+    tiles = gl.maximum(gl.cdiv(highest - begin, TILE), 0)
 
     if tiles > 0:
         mbarrier.expect(full_q, COLUMNS * DIM)
         tma.async_copy_global_to_shared(q_desc, [first_q * HEADS, 0], full_q, queries.index(0))
         for i in gl.static_range(STAGES):
-            row = _tile_row(table_ptr, lowest, i, tiles, page_rows, PAGE)
+            row = _tile_row(table_ptr, begin + i * TILE, highest, page_rows, PAGE)
             mbarrier.expect(full.index(i), TILE * DIM, pred=i < tiles)
             tma.async_copy_global_to_shared(k_desc, [row, 0], full.index(i), keys.index(i), pred=i < tiles)
         # Looked up a step before it is needed: the scales' page, and the page to ask for.
-        scale_row = _tile_row(table_ptr, lowest, 1, tiles, page_rows, PAGE)
-        next_row = _tile_row(table_ptr, lowest, STAGES, tiles, page_rows, PAGE)
+        scale_row = _tile_row(table_ptr, begin + TILE, highest, page_rows, PAGE)
+        next_row = _tile_row(table_ptr, begin + STAGES * TILE, highest, page_rows, PAGE)
         offs = gl.arange(0, TILE, gl.SliceLayout(1, product))
-        first_row = _tile_row(table_ptr, lowest, 0, tiles, page_rows, PAGE)
-        scale = _scales_at(scales_ptr, lowest, first_row, s_kv - 1, offs, PAGE)
+        first_row = _tile_row(table_ptr, begin, highest, page_rows, PAGE)
+        scale = _scales_at(scales_ptr, begin, first_row, offs, PAGE)
         column = gl.arange(0, COLUMNS, gl.SliceLayout(0, product))
         query = first_q + column // HEADS
-        weights = gl.load(
-            weights_ptr + query.to(gl.int64) * stride_w + column % HEADS, mask=query < end_q, other=0.0
-        )  # fmt: skip
+        weights = gl.load(weights_ptr + query.to(gl.int64) * HEADS + column % HEADS, mask=query < end_q, other=0.0)
         zeros = gl.zeros([TILE, COLUMNS], gl.float32, product)
         mbarrier.wait(full_q, 0)
         s0 = _start_product(keys, queries, full, zeros, zero, 0, tiles, STAGES)
         s1 = zeros
         for pair in range(tiles // 2):
             t = 2 * pair
+            key = begin + t * TILE
             s0 = warpgroup_mma_wait(0, [s0])
             s1 = _start_product(keys, queries, full, zeros, zero, t + 1, tiles, STAGES)
             nothing = _refill(k_desc, keys, full, word, next_row, t, tiles, STAGES)
-            next_row = _tile_row(table_ptr, lowest, t + STAGES + 1, tiles, page_rows, PAGE)
-            next_scale = _scales_at(scales_ptr, lowest + (t + 1) * TILE, scale_row, s_kv - 1, offs, PAGE)
-            scale_row = _tile_row(table_ptr, lowest, t + 2, tiles, page_rows, PAGE)
-            _finish(s0, weights, nothing, scale, lowest + t * TILE, out_ptr, first_q, end_q, stride_out, end,
-                    QUERIES, HEADS)  # fmt: skip
+            next_row = _tile_row(table_ptr, key + (STAGES + 1) * TILE, highest, page_rows, PAGE)
+            next_scale = _scales_at(scales_ptr, key + TILE, scale_row, offs, PAGE)
+            scale_row = _tile_row(table_ptr, key + 2 * TILE, highest, page_rows, PAGE)
+            _finish(s0, weights, nothing, scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
             t = 2 * pair + 1
+            key = begin + t * TILE
             s1 = warpgroup_mma_wait(0, [s1])
             s0 = _start_product(keys, queries, full, zeros, zero, t + 1, tiles, STAGES)
             nothing = _refill(k_desc, keys, full, word, next_row, t, tiles, STAGES)
-            next_row = _tile_row(table_ptr, lowest, t + STAGES + 1, tiles, page_rows, PAGE)
-            scale = _scales_at(scales_ptr, lowest + (t + 1) * TILE, scale_row, s_kv - 1, offs, PAGE)
-            scale_row = _tile_row(table_ptr, lowest, t + 2, tiles, page_rows, PAGE)
-            _finish(s1, weights, nothing, next_scale, lowest + t * TILE, out_ptr, first_q, end_q, stride_out, end,
-                    QUERIES, HEADS)  # fmt: skip
+            next_row = _tile_row(table_ptr, key + (STAGES + 1) * TILE, highest, page_rows, PAGE)
+            scale = _scales_at(scales_ptr, key + TILE, scale_row, offs, PAGE)
+            scale_row = _tile_row(table_ptr, key + 2 * TILE, highest, page_rows, PAGE)
+            _finish(s1, weights, nothing, next_scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
         s0 = warpgroup_mma_wait(0, [s0])
         if tiles % 2 > 0:
-            _finish(s0, weights, 0.0, scale, lowest + (tiles - 1) * TILE, out_ptr, first_q, end_q, stride_out, end,
-                    QUERIES, HEADS)  # fmt: skip
+            key = begin + (tiles - 1) * TILE
+            _finish(s0, weights, 0.0, scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
 
-    if BOUND:
-        _barrier()  # other threads wrote what is overwritten now
-        for i in gl.static_range(QUERIES):
-            query = first_q + i
-            if query < end_q:
-                if PAGE:
-                    dead_below = begin
-                    dead_from = sight + query
-                else:
-                    dead_below = gl.load(start_ptr + query)
-                    dead_from = gl.load(end_ptr + query)
-                out_row = out_ptr + query.to(gl.int64) * stride_out
-                _fill(out_row, begin, gl.minimum(dead_below, end))
-                _fill(out_row, gl.maximum(dead_from, begin), end)
+    _barrier()  # other threads wrote what is overwritten now: keys that a query of the tile does not see
+    for i in gl.static_range(QUERIES):
+        query = first_q + i
+        if query < end_q:
+            _fill(out_ptr + query.to(gl.int64) * columns, gl.maximum(sight + query, begin), end)

@@ -29,11 +29,12 @@ from mlakit.indexer.hopper_topk_parts import (
     _ballot_at_least,
     _barrier,
     _clear,
-    _count_and_find,
+    _count,
     _find,
     _lane_masks,
     _load,
     _mark,
+    _open_bins,
     _rank_words,
     _read,
     _set,
@@ -96,7 +97,7 @@ def _threshold_in_place(shared, row_ptr, length, k, THREADS: gl.constexpr):
 @gluon.jit
 def _select_held(
     shared, row_ptr, row_out, length, words, k,
-    R: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr, STAGED: gl.constexpr,
+    R: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
     """Select from a row that fits the registers, R values a thread: (fine, few)."""
     x, index = _load(row_ptr, 0, length, R, THREADS, True)
@@ -120,26 +121,38 @@ def _select_held(
         _store_word(at_word, word)
         _rank_words(shared, words, THREADS, WORDS)
         below, own = _lane_masks(of_warp)
-        _write_by_word(
-            at_word + 4 * words, shared, row_out, index, word, below[None, :], own[None, :], STAGED
-        )  # fmt: skip
+        _write_by_word(at_word + 4 * words, row_out, index, word, below[None, :], own[None, :])
     return fine, few
+
+
+@gluon.jit
+def _sample(row_ptr, number, length, SAMPLE: gl.constexpr, THREADS: gl.constexpr):
+    """2048 values of a sample, the `number`-th of so many parts: eight neighbours at a time, a sector of memory."""
+    PER: gl.constexpr = 2048 // THREADS
+    layout: gl.constexpr = gl.BlockedLayout([PER, 1], [1, 32], [1, THREADS // 32], [0, 1])
+    i = gl.arange(0, PER, gl.SliceLayout(1, layout))[:, None] * THREADS
+    i = i + gl.arange(0, THREADS, gl.SliceLayout(0, layout))[None, :]
+    # Parts are interleaved, so that each is spread over the row.
+    group = i // 8 * (SAMPLE // 2048) + number
+    at = group * (gl.maximum(length - 8, 0) // (SAMPLE // 8 - 1)) + i % 8
+    return gl.load(row_ptr + at, mask=at < length, other=-_INF)
 
 
 @gluon.jit
 def _sampled_bound(shared, row_ptr, length, k, SAMPLE: gl.constexpr, THREADS: gl.constexpr):
     """A value that, judging by a sample, a little more than k of a row are not below; whether it is below all."""
-    layout: gl.constexpr = gl.BlockedLayout([SAMPLE // THREADS, 1], [1, 32], [1, THREADS // 32], [0, 1])
-    number = gl.arange(0, SAMPLE // THREADS, gl.SliceLayout(1, layout))[:, None] * THREADS
-    number = number + gl.arange(0, THREADS, gl.SliceLayout(0, layout))[None, :]
-    # Eight neighbours at a time: a sector of memory.
-    at = number // 8 * (gl.maximum(length - 8, 0) // (SAMPLE // 8 - 1)) + number % 8
-    sample = gl.load(row_ptr + at, mask=at < length, other=-_INF)
-    # Three and a half standard deviations of the number of the k largest that are in the sample.
+    part = _sample(row_ptr, 0, length, SAMPLE, THREADS)
+    low, scale = _open_bins(shared, part, THREADS)  # others below count as none, above as one bin: it is a guess
+    _count(part, low, scale, shared)
+    for number in range(1, SAMPLE // 2048):
+        _count(_sample(row_ptr, number, length, SAMPLE, THREADS), low, scale, shared)
+    _barrier()
+    # Four and a half standard deviations of the number of the k largest that are in the sample. With three and a half
+    # one row of 4000 has too few candidates, and the others wait for it.
     share = gl.minimum(k.to(gl.float32) / gl.maximum(length, 1).to(gl.float32), 1.0)
     expected = share * SAMPLE
-    wanted = (expected + 3.5 * gl.sqrt(expected * (1 - share)) + 3).to(gl.int32)
-    low, scale, bin, _above, _count, _fine = _count_and_find(shared, sample, sample, wanted, THREADS)
+    wanted = (expected + 4.5 * gl.sqrt(expected * (1 - share)) + 3).to(gl.int32)
+    bin, _above, _in_bin = _find(shared, wanted, THREADS)
     everything = (bin < 1) | (length <= 2048)
     return gl.where(everything, _LOWEST, low + (bin.to(gl.float32) - 1.5) / scale), everything
 
@@ -148,7 +161,6 @@ def _sampled_bound(shared, row_ptr, length, k, SAMPLE: gl.constexpr, THREADS: gl
 def _select_candidates(
     shared, row_ptr, row_out, length, words, k,
     R: gl.constexpr, SAMPLE: gl.constexpr, WORDS: gl.constexpr, THREADS: gl.constexpr, AHEAD: gl.constexpr,
-    STAGED: gl.constexpr,
 ):  # fmt: skip
     """Select from a long row by its candidates: (fine, few)."""
     PART: gl.constexpr = 8 * _CANDIDATES * 32 // THREADS  # bytes of a warp's part of the list
@@ -214,7 +226,7 @@ def _select_candidates(
         _barrier()
         _mark(shared, place_in_row, hit)
         _rank_words(shared, words, THREADS, WORDS)
-        _write(shared, words, row_out, place_in_row, hit, STAGED)
+        _write(shared, words, row_out, place_in_row, hit)
     return fine, few
 
 
@@ -233,7 +245,6 @@ def _select_topk_hopper_kernel(
     WORDS: gl.constexpr,  # of the bitmap, a thread
     THREADS: gl.constexpr,
     AHEAD: gl.constexpr,
-    STAGED: gl.constexpr,  # indices go through shared memory, so that rows are written at once
 ):
     row = gl.program_id(0).to(gl.int64)
     shared = _shared(columns)
@@ -244,10 +255,10 @@ def _select_topk_hopper_kernel(
         length = gl.maximum(gl.minimum(gl.load(lengths_ptr + row), columns), 0).to(gl.int32)
     words = gl.maximum((columns + 31) // 32, 1)
     if SAMPLE == 0:
-        fine, few = _select_held(shared, row_ptr, row_out, length, words, k, HELD, WORDS, THREADS, STAGED)
+        fine, few = _select_held(shared, row_ptr, row_out, length, words, k, HELD, WORDS, THREADS)
     else:
         fine, few = _select_candidates(
-            shared, row_ptr, row_out, length, words, k, HELD, SAMPLE, WORDS, THREADS, AHEAD, STAGED
+            shared, row_ptr, row_out, length, words, k, HELD, SAMPLE, WORDS, THREADS, AHEAD
         )  # fmt: skip
     if fine == False:  # noqa: E712
         bound, few = _threshold_in_place(shared, row_ptr, length, k, THREADS)
@@ -258,22 +269,14 @@ def _select_topk_hopper_kernel(
         _rank_words(shared, words, THREADS, WORDS)
         for start in range(0, length, THREADS):
             index, _, hit = _hits_in_place(row_ptr, start, length, bound, THREADS)
-            _write(shared, words, row_out, index, hit, STAGED)
-    total = k
+            _write(shared, words, row_out, index, hit)
     if few:  # the last word's rank and its bits are all there are
         total = gl.inline_asm_elementwise(
             "popc.b32 $0, $2; add.u32 $0, $0, $1;",
             "=&r,r,r", [_read(shared + 8 * words - 4), _read(shared + 4 * words - 4)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-    t: gl.constexpr = gl.BlockedLayout([1], [32], [THREADS // 32], [0])
-    if STAGED:
-        _barrier()
-        for start in range(0, k, THREADS):
-            column = start + gl.arange(0, THREADS, t)
-            index = _read(shared + _HIST + 4 * gl.minimum(column, _BINS - 1))
-            gl.store(row_out + column, gl.where(column < total, index, -1), mask=column < k)
-    elif few:
+        t: gl.constexpr = gl.BlockedLayout([1], [32], [THREADS // 32], [0])
         for start in range(0, k, THREADS):
             column = start + gl.arange(0, THREADS, t)
             gl.store(row_out + column, gl.full([THREADS], -1, gl.int32, t), mask=(column >= total) & (column < k))

@@ -217,15 +217,21 @@ def _find(shared, k, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _count_and_find(shared, x, some, k, THREADS: gl.constexpr):
-    """Count all x in bins between the smallest and the largest finite one of `some`, and find the bin of the k-th
-    largest: 0 or -1 if there are fewer than k in the range and above.
-    """
+def _open_bins(shared, some, THREADS: gl.constexpr):
+    """Empty bins between the smallest and the largest finite one of `some`: (low, scale)."""
     t: gl.constexpr = gl.BlockedLayout([1], [32], [THREADS // 32], [0])
     low = gl.convert_layout(gl.min(gl.where(some > -_INF, some, _INF), axis=0), t)
     high = gl.convert_layout(gl.max(gl.where(some < _INF, some, -_INF), axis=0), t)
     low, high = _begin(shared, low, high, THREADS)
-    scale = (_BINS - 3.0) / (high - low)
+    return low, (_BINS - 3.0) / (high - low)
+
+
+@gluon.jit
+def _count_and_find(shared, x, some, k, THREADS: gl.constexpr):
+    """Count all x in bins between the smallest and the largest finite one of `some`, and find the bin of the k-th
+    largest: 0 or -1 if there are fewer than k in the range and above.
+    """
+    low, scale = _open_bins(shared, some, THREADS)
     _count(x, low, scale, shared)
     _barrier()
     bin, above, count = _find(shared, k, THREADS)
@@ -414,47 +420,27 @@ def _rank_words(shared, words, THREADS: gl.constexpr, PER: gl.constexpr):
 
 
 @gluon.jit
-def _write_by_word(rank_at, shared, out_ptr, index, word, below, own, STAGED: gl.constexpr):
-    """Write a warp's hits, which are the bits of `word`, where they go, in shared memory if STAGED; the rank of its
-    first one is in shared memory.
-    """
-    if STAGED:
-        gl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b32 r, m;
-            ld.shared.b32 r, [$1];
-            and.b32 m, $3, $4;
-            popc.b32 m, m;
-            add.u32 r, r, m;
-            and.b32 m, $3, $5;
-            setp.ne.u32 p, m, 0;
-            mad.lo.u32 r, r, 4, $6;
-            @p st.shared.b32 [r], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r,r,r,r,r", [rank_at, index, word, below, own, shared + _HIST],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        gl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b32 r, m; .reg .b64 a;
-            ld.shared.b32 r, [$1];
-            and.b32 m, $3, $4;
-            popc.b32 m, m;
-            add.u32 r, r, m;
-            and.b32 m, $3, $5;
-            setp.ne.u32 p, m, 0;
-            mad.wide.u32 a, r, 4, $6;
-            @p st.global.b32 [a], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r,r,r,r,l", [rank_at, index, word, below, own, out_ptr], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def _write_by_word(rank_at, out_ptr, index, word, below, own):
+    """Write a warp's hits, which are the bits of `word`; the rank of its first one is in shared memory."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .b32 r, m; .reg .b64 a;
+        ld.shared.b32 r, [$1];
+        and.b32 m, $3, $4;
+        popc.b32 m, m;
+        add.u32 r, r, m;
+        and.b32 m, $3, $5;
+        setp.ne.u32 p, m, 0;
+        mad.wide.u32 a, r, 4, $6;
+        @p st.global.b32 [a], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,r,l", [rank_at, index, word, below, own, out_ptr], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _write(shared, words, out_ptr, index, hit, STAGED: gl.constexpr):
+def _write(shared, words, out_ptr, index, hit):
     """Write the hits wherever they are in the row."""
     position = gl.inline_asm_elementwise(
         """{
@@ -471,14 +457,7 @@ def _write(shared, words, out_ptr, index, hit, STAGED: gl.constexpr):
         }""",
         "=r,r,r,r,r", [index, shared, hit.to(gl.int32), shared + 4 * words], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    if STAGED:
-        gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.u32 $0, 0; }",
-            "=r,r,r,r", [shared + _HIST + 4 * position, index, hit.to(gl.int32)],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        gl.store(out_ptr + position, index, mask=hit)
+    gl.store(out_ptr + position, index, mask=hit)
 
 
 @gluon.jit

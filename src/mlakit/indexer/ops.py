@@ -11,7 +11,6 @@ import torch
 from mlakit.indexer.hopper_config import (
     why_not_aligned,
     why_not_device,
-    why_not_logits,
     why_not_paged,
     why_not_topk,
 )
@@ -36,18 +35,12 @@ def run_indexer_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
-    impl: str = "auto",
 ) -> torch.Tensor:
     """What `mlakit::indexer_logits` does, without the dispatcher."""
+    from mlakit.indexer.triton_logits import launch_indexer_logits
+
     out = _empty_logits(q, k, k_scales, weights, k_start, k_end)
-    if _is_hopper("indexer_logits", impl, q.device, lambda: why_not_logits(q, k) or why_not_aligned(q, k)):
-        from mlakit.indexer.hopper_launch import launch_indexer_logits_hopper
-
-        launch_indexer_logits_hopper(q, k, k_scales, weights, k_start, k_end, out)
-    else:
-        from mlakit.indexer.triton_logits import launch_indexer_logits
-
-        launch_indexer_logits(q, k, k_scales, weights, k_start, k_end, out)
+    launch_indexer_logits(q, k, k_scales, weights, k_start, k_end, out)
     return out
 
 
@@ -59,7 +52,6 @@ def _empty_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
-    impl: str = "auto",
 ) -> torch.Tensor:
     return q.new_empty((q.shape[0], k.shape[0]), dtype=torch.float32)
 
