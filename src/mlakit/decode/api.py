@@ -77,7 +77,8 @@ def mla_decode(
             short (CPU).
         RuntimeError: the named implementation cannot run these inputs; the message says why.
 
-    The reference alone has gradients. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
+    The reference alone has gradients. Of e4m3 queries "hopper" adds products as tensor cores do, in some 14 bits: the
+    lse of a request of few keys may be off by a hundredth. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
     """
     _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out, lse)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
