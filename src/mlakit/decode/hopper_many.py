@@ -49,8 +49,6 @@ from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _shar
 
 # Barriers of both warpgroups; Triton's own have lower numbers.
 FIRST_MAX, BOTH_MAX, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS = (gl.constexpr(8 + i) for i in range(5))
-
-
 # Bytes of half of a tile, and of one with the rope part.
 HALF_BYTES, NEAR_BYTES = gl.constexpr(64 * 256 * 2), gl.constexpr(64 * (256 + 64) * 2)
 
@@ -219,6 +217,7 @@ def _attend(
                     rounded = p.to(DTYPE)
                     own = gl.convert_layout(rounded, operand)
                     o = warpgroup_mma(own, k_al, o, is_async=True)
+                    # While products run: sums, and telling barriers what will be copied once they are over.
                     l = l * factor + gl.sum(p, 1)
                     mbarrier.expect(full.index(0), NEAR_BYTES, pred=more)
                     _hear(BOTH_MAX)
@@ -253,7 +252,7 @@ def _attend(
                     second_weights.store(rounded)
                     fence_async_shared()
                     told = _tell(SECOND_WEIGHTS, z)
-                    factor = gl.exp2(m - shift + told.to(gl.float32))
+                    factor = gl.exp2(m - shift + told.to(gl.float32))  # added: the output is scaled after telling
                     m = m_new
                     o = o * gl.convert_layout(factor, of_out_row)[:, None]
                     own = gl.convert_layout(rounded, operand)
