@@ -295,7 +295,7 @@ on_hopper = pytest.mark.skipif(
 )
 
 
-# Pages of a tile and of three; parts of one tile, of an odd and an even number, of fewer than there are stages, of more;
+# Pages of a tile and of three; parts of one tile, of an odd and an even number, fewer than there are stages and more;
 # all heads there are, queries that fill their tiles and do not; requests without keys and with fewer than queries.
 @on_hopper
 @pytest.mark.parametrize(
