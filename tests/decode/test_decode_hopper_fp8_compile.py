@@ -41,7 +41,7 @@ def check_loop(body: list[str]) -> None:
     assert not any("STL" in text or "LDL" in text for text in body)
 
 
-# One tile of 16 rows for one request, and of four pages; 64 rows each of two warpgroups.
+# One tile of 16 rows for one request, and of four pages.
 @pytest.mark.parametrize(("q_len", "heads", "batch", "page_size"), [(1, 16, 1, 64), (2, 8, 4, 16)])
 def test_few_heads(q_len: int, heads: int, batch: int, page_size: int) -> None:
     kernel = compile_e4m3(q_len, heads, page_size, batch)
@@ -50,9 +50,9 @@ def test_few_heads(q_len: int, heads: int, batch: int, page_size: int) -> None:
     check_loop(loops(kernel.sass)[0])
 
 
-@pytest.mark.parametrize(("q_len", "heads"), [(1, 128), (2, 64)])
-def test_many_heads(q_len: int, heads: int) -> None:
-    kernel = compile_e4m3(q_len, heads)
+# 64 rows, half of the columns of the output in each of two warpgroups.
+def test_many_heads() -> None:
+    kernel = compile_e4m3(q_len=2, heads=64)
     assert kernel.name == "_mla_decode_e4m3_many_kernel"
     assert kernel.shared_bytes <= SHARED_LIMIT
     for body in loops(kernel.sass)[:2]:
