@@ -57,6 +57,9 @@ def test_many_heads(q_len: int, heads: int, dtype: torch.dtype, page_size: int) 
         assert sum("HGMMA" in text for text in body) == 44
         assert not any("STL" in text or "LDL" in text for text in body)
         assert sum("R2UR" in text for text in body) <= 16  # descriptors live in uniform registers (180 where not)
+        assert sum("BAR.ARV" in text for text in body) == 2  # told, and not waited for: a maximum, and weights
+        assert len(body) < 1100  # the tail's zeros are a loop (1456 where they are not)
+    assert kernel.sass.count("UTMACCTL.PF") == 3  # descriptors are asked for first
 
 
 # 16 and 32 query rows, one request and several, and pages of which a tile gathers four.
