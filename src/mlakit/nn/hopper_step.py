@@ -23,7 +23,7 @@ def suits(layer: "MultiheadLatentAttention", x: torch.Tensor, step: Step) -> boo
     (a compiler, a dispatch mode), gets them from PyTorch.
     """
     args = layer.args
-    if not (
+    if torch.compiler.is_compiling() or not (
         x.is_cuda
         and x.shape[0] * x.shape[1] <= MOST_TOKENS
         and x.dtype in (torch.bfloat16, torch.float16)
