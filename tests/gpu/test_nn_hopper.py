@@ -1,5 +1,11 @@
 """A fused layer's step by kernels that begin before the one before them is done: right, and the same every time."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -168,3 +174,15 @@ def test_what_is_left_to_the_other_kernels(calls):
         cache = _filled(layer, 1, 30)
         layer(random_x(layer, 1, 1, BF16), 30, freqs[30:31], None, cache)
     assert not calls
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_access_out_of_bounds_and_no_race(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.access(sanitizer, os.X_OK):
+        pytest.skip("compute-sanitizer is not installed")
+    script = Path(__file__).parent / "sanitize_linear.py"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout.count("right: ") == 4, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
