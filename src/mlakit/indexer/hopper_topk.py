@@ -195,7 +195,10 @@ def _select_candidates(
         x, index = _load(row_ptr, full, length, R, THREADS, True)
         _append(past, x, index, bound)
 
-    # Each warp takes its own candidates to registers.
+    # Each warp takes its own candidates to registers, once all of its threads have written theirs.
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=False, pack=1
+    )
     layout: gl.constexpr = gl.BlockedLayout([_CANDIDATES // THREADS, 1], [1, 32], [1, THREADS // 32], [0, 1])
     t = gl.arange(0, THREADS, gl.SliceLayout(0, layout))
     place = gl.arange(0, _CANDIDATES // THREADS, gl.SliceLayout(1, layout))[:, None] * 32 + (t % 32)[None, :]
