@@ -222,22 +222,9 @@ def _linear_kernel(
             barrier()
             more = unit + STAGES
             _load_w(
-                w0_desc,
-                w1_desc,
-                w_s,
-                full,
-                more,
-                slot,
-                more < end,
-                tiles0,
-                steps,
-                w_step,
-                BN,
-                BK,
-                BYTES,
-                TWO,
+                w0_desc, w1_desc, w_s, full, more, slot, more < end, tiles0, steps, w_step, BN, BK, BYTES, TWO,
                 HEAD_TILES,
-            )
+            )  # fmt: skip
             _load_x(x_desc, x_s, full, more, slot, more < end, steps, x_step, BK, HEAD_TILES)
             if BITS == 8:
                 acc += sum0 * scale0[None, :]
