@@ -148,9 +148,10 @@ def test_float8_weights(gemm_impl, tokens, calls):
     layer = make_layers(BF16, device="cuda", impls=("fused",), dtype="fp8", gemm_impl=gemm_impl, **args)["fused"]
     exact = make_layers(device="cuda", impls=("absorb",), dtype="fp8", **args)["absorb"]
     exact.load_state_dict(layer.state_dict())
-    freqs, cache, kept = layer.precompute_freqs_cis(), layer.make_cache(tokens, 512), exact.make_cache(tokens, 512)
-    kept.pages.normal_()
-    cache.pages.copy_(kept.pages)
+    freqs, cache = layer.precompute_freqs_cis(), layer.make_cache(tokens, 512)
+    kept = exact.make_cache(tokens, 512, torch.float64)  # of float8 weights it would be bfloat16
+    cache.pages.normal_()
+    kept.pages.copy_(cache.pages)
     kept.filled = cache.filled = 130
     x = random_x(exact, tokens, 1, BF16)
     found = layer(x, 130, freqs[130:131], None, cache)
