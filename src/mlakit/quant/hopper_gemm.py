@@ -5,8 +5,8 @@ import torch
 from mlakit.hardware import device_info
 
 MOST_ROWS = 32
-# Where tiles are long and few. One H200, microseconds, this kernel and Triton's: 32x7168x16384 40.3 and 64.7, 32x1536x7168
-# 11.8 and 25.3; but 32x24576x1536 20.7 and 14.2, 16x7168x2048 16.0 and 11.7 (these two from a cold L2).
+# Where tiles are long and few. One H200, microseconds, this kernel and Triton's: 32x7168x16384 40.3 and 64.7,
+# 32x1536x7168 11.8 and 25.3; but 32x24576x1536 20.7 and 14.2, 16x7168x2048 16.0 and 11.7 (these two from a cold L2).
 LEAST_WIDTH = 4096
 MOST_COLUMNS = 16384
 
