@@ -27,6 +27,7 @@ _NOT_SIZES = {
     "wrong",
     "error",
     "reason",
+    "note",
     "shape",
 }
 _FLOAT8 = ("fp8_gemm", "indexer_logits", "indexer_logits_paged")  # operations that multiply in it
@@ -83,7 +84,7 @@ def _speed_row(row: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> Me
         phase=next((phase for phase in ("decode", "prefill") if phase in f"{operation} {named}"), ""),
         sizes=sizes,
         status="ok" if seconds else "no time",
-        reason=str(row.get("reason") or row.get("error") or ""),
+        reason=str(row.get("reason") or row.get("error") or row.get("note") or ""),
         seconds=seconds,
         interval=_pair(row.get("ci95_s")),
         host_seconds=row.get("host_s"),
