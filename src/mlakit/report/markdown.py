@@ -148,7 +148,8 @@ def _where(record: LoadedRecord, shown: Sequence[Measurement]) -> str:
     """What to know about the rows shown, and where and when they were measured."""
     lines = []
     if not record.complete:
-        lines.append(f"Not complete: {len(record.rows)} of {record.planned or 'more'} rows are measured.")
+        count = f"{len(record.rows)} of {record.planned} rows are" if record.planned else "not all rows were"
+        lines.append(f"Not complete: {count} measured.")
     slowed = [row for row in shown if row.throttled]
     if slowed:
         reasons = ", ".join(sorted({reason for row in slowed for reason in row.throttled}))
