@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 _TOLD = "told to end (SIGTERM), as another rank's launcher does when that one is gone"
 LOST = 4  # exit code of a rank that ends because another one is gone
 TIMEOUT = 60.0
+_ENDING = threading.RLock()
 # What PyTorch raises as a plain RuntimeError when a collective fails; gloo's errors name its own files.
 _OF_COLLECTIVES = ("gloo", "NCCL", "Connection closed by peer")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -181,6 +182,7 @@ class Watch(threading.Thread):
 
 def end_rank(rank: int, reason: str) -> NoReturn:
     """End this process at once with a line on standard error: it may wait for what never comes."""
+    _ENDING.acquire(timeout=1.0)  # never released: who comes second, a signal's handler or its watch, says nothing more
     sys.stdout.flush()
     os.write(2, f"mlakit: rank {rank}: {reason}; ending\n".encode())
     os._exit(LOST)
