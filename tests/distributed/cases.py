@@ -6,6 +6,7 @@ They run in processes that are started once for all of them.
 import itertools
 import os
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -300,7 +301,11 @@ def lose_a_rank(victim: int, number: int, waiting: bool, words: Path) -> int:
         pids = torch.zeros(here.size, dtype=torch.int64)
         pids[here.rank] = os.getpid()
         dist.all_reduce(pids)
+        ready = [words.with_name(f"ready{rank}") for rank in range(here.size)]
+        ready[here.rank].touch()
         if here.rank == (victim + 1) % here.size:
+            while not all(path.exists() for path in ready):  # the sum is here, but perhaps not where it came through
+                time.sleep(0.01)
             os.kill(int(pids[victim]), number)
         elif here.rank == victim or waiting:
             dist.all_reduce(torch.ones(3))
