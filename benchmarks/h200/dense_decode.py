@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from mlakit import which_impl
 from mlakit.bench.limits import Ceilings, measure_ceilings
 from mlakit.bench.timing import Timing, time_calls
 from mlakit.cache import pack_fp8, unpack_fp8
@@ -52,7 +53,8 @@ SPECULATIVE = [(64, 128, 4096, 4), (16, 16, 8192, 4)]
 FLOAT8 = [
     (1, 16, 8192, "e4m3"), (64, 16, 4096, "e4m3"), (128, 16, 8192, "e4m3"), (128, 32, 8192, "e4m3"),
     (64, 64, 4096, "e4m3"), (1, 128, 8192, "e4m3"), (16, 128, 1024, "e4m3"), (64, 128, 4096, "e4m3"),
-    (128, 128, 8192, "e4m3"), (128, 16, 8192, "rows"), (128, 128, 8192, "rows"),
+    (128, 128, 8192, "e4m3"), (1, 16, 8192, "rows"), (64, 16, 4096, "rows"), (128, 16, 8192, "rows"),
+    (64, 32, 4096, "rows"), (128, 32, 8192, "rows"), (128, 128, 8192, "rows"),
 ]  # fmt: skip
 Q_SCALE, KV_SCALE = 2.0, 0.5
 # FlashMLA's float8 kernel rounds the weights to e4m3 too: further from float64 than the rule allows. It is timed all
@@ -177,7 +179,7 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
         return mla_decode(*row.inputs, **row.options, out=out, impl=impl)
 
     yield "triton", partial(default, "triton")
-    if capability("cuda") == (9, 0) and row.kind != "rows":
+    if which_impl(mla_decode, *row.inputs, **row.options) == "hopper":
         yield "hopper", partial(default, "hopper")
     if row.kind == "rows":  # as the layer does it: sparse attention that is told to look at every token
         slots = (row.table[:, :, None] * PAGE + torch.arange(PAGE, dtype=torch.int32, device="cuda")).flatten(1)[

@@ -13,7 +13,7 @@ from mlakit.decode.hopper_config import (
     MANY,
     HopperConfig,
     choose_config,
-    choose_e4m3_config,
+    choose_fp8_config,
     plan_slots,
     refusal,
 )
@@ -79,6 +79,25 @@ def test_caches_that_are_no_matrix_are_refused() -> None:
     assert "at least one page" in (why(q, torch.empty((0, 64, 576), dtype=q.dtype)) or "")
 
 
+# The cache of 656 bytes a token: whatever the other caches are refused for, and rows of what sparse attention reads.
+def test_caches_with_scales_of_their_own() -> None:
+    rows = torch.empty((3, 64, 656), dtype=torch.uint8)
+    for heads, q_len in ((1, 1), (16, 1), (32, 1), (4, 8)):
+        assert why(torch.empty((2, q_len, heads, 576), dtype=torch.bfloat16), rows) is None
+    q, _ = inputs(heads=16)
+    assert why(q.half(), rows) == "needs bfloat16 over a cache with scales of its own, got torch.float16"
+    for many in (inputs(heads=33)[0], torch.empty((2, 3, 11, 576), dtype=torch.bfloat16)):
+        assert why(many, rows) == "needs at most 32 query rows over a cache with scales of its own, got 33"
+    assert why(q, rows[:, :48]) == "needs a page size that is a power of two and at least 16, got 48"
+    assert "without gaps" in (why(q, torch.empty((3, 128, 656), dtype=torch.uint8)[:, :64]) or "")
+    assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 664), dtype=torch.uint8)[..., :656]) or "")
+    assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 672), dtype=torch.uint8)[..., 4:660]) or "")
+    assert why(q, torch.empty((3, 64, 672), dtype=torch.uint8)[..., 16:]) is None
+    assert why(q, torch.empty((2**15, 2**16, 656), dtype=torch.uint8, device="meta")) == (
+        f"needs fewer than 2**31 slots in the cache, got {2**31}"
+    )
+
+
 def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     _hopper_reason.cache_clear()
     with pretend(A100):
@@ -106,13 +125,14 @@ def test_other_gpus_and_older_tritons_are_refused_by_name(monkeypatch: pytest.Mo
 )
 def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
     assert choose_config(rows=rows) == config
-    codes = choose_e4m3_config(rows=rows)
+    codes = choose_fp8_config(rows=rows, packed=False)
     assert (codes.kernel, codes.tile_rows) == (config.kernel, config.tile_rows)
     plan = plan_slots(batch=batch, rows=rows, capacity=8192, units=132, num_splits=None, config=config)
     assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
 
 
-# These for whatever they can take, the portable kernels for 16-bit queries over float8 and for small pages.
+# These for whatever they can take, the portable kernels for 16-bit queries over e4m3, for small pages, and for many
+# query rows over keys with scales of their own.
 @pytest.mark.parametrize(
     ("batch", "rows", "page_size", "dtype", "chosen"),
     [
@@ -120,11 +140,15 @@ def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
         (128, 128, 16, torch.bfloat16, "hopper"),
         (128, 128, 8, torch.bfloat16, "triton"),
         (128, 16, 64, torch.float8_e4m3fn, "triton"),
+        (1, 16, 64, torch.uint8, "hopper"),
+        (128, 32, 16, torch.uint8, "hopper"),
+        (128, 16, 8, torch.uint8, "triton"),
+        (128, 33, 64, torch.uint8, "triton"),
     ],
 )
 def test_what_is_taken_unasked(batch: int, rows: int, page_size: int, dtype: torch.dtype, chosen: str) -> None:
     q = torch.empty((batch, 1, rows, 576), device="meta", dtype=torch.bfloat16)
-    cache = torch.empty((9, page_size, 576), device="meta", dtype=dtype)
+    cache = torch.empty((9, page_size, 656 if dtype == torch.uint8 else 576), device="meta", dtype=dtype)
     _hopper_reason.cache_clear()
     with pretend(H200):
         found = candidates(q, cache, 0.1, 512, None)

@@ -1,7 +1,7 @@
 """Small decodes of every kernel, checked: what test_decode_sanitizer.py runs under NVIDIA's compute-sanitizer.
 
 compute-sanitizer --tool memcheck python tests/gpu/sanitize_decode.py hopper triton
-compute-sanitizer --tool racecheck python tests/gpu/sanitize_decode.py few
+compute-sanitizer --tool racecheck python tests/gpu/sanitize_decode.py few rows
 compute-sanitizer --tool racecheck --racecheck-report analysis python tests/gpu/sanitize_decode.py many exchange
 """
 
@@ -14,6 +14,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.decode import mla_decode, mla_decode_reference
 from mlakit.decode.hopper_parts import _hear, _tell
 from mlakit.testing import assert_close, random_paged_cache
@@ -24,9 +25,10 @@ CASES = {
     "few": ("hopper", [([70, 0, 200], 1, 16), ([300], 1, 16)]),
     "many": ("hopper", [([70, 0, 300], 1, 128)]),
     "causal": ("hopper", [([70, 3], 4, 32)]),
+    "rows": ("hopper", [([70, 0, 200], 1, 16), ([300], 2, 16)]),  # from the float8 cache of 656 bytes a token
     "triton": ("triton", [([70, 0, 200], 2, 16), ([300], 1, 128)]),
 }
-GROUPS = {"hopper": ("few", "many", "causal")}
+GROUPS = {"hopper": ("few", "many", "causal", "rows")}
 TOLD, TAKEN = gl.constexpr(8), gl.constexpr(9)
 
 
@@ -97,10 +99,14 @@ def main() -> None:
                     lens, (576,), page_size=64, dtype=torch.bfloat16, device="cuda", generator=generator
                 )
                 q = torch.randn((len(lens), q_len, heads, 576), generator=generator, device="cuda").bfloat16()
-                inputs = (q, paged.pages, paged.block_table, paged.seq_lens)
-                out, _ = mla_decode(*inputs, softmax_scale=SCALE, impl=impl)
-                eager, _ = mla_decode_reference(*inputs, softmax_scale=SCALE)
-                expected, _ = mla_decode_reference(q.double(), paged.pages, *inputs[2:], softmax_scale=SCALE)
+                keys, cache = paged.pages, paged.pages
+                if name == "rows":
+                    cache = pack_fp8(keys[..., :512], keys[..., 512:])
+                    keys = unpack_fp8(cache)
+                rest = (paged.block_table, paged.seq_lens)
+                out, _ = mla_decode(q, cache, *rest, softmax_scale=SCALE, impl=impl)
+                eager, _ = mla_decode_reference(q, keys, *rest, softmax_scale=SCALE)
+                expected, _ = mla_decode_reference(q.double(), cache, *rest, softmax_scale=SCALE)
                 assert_close(out, expected, eager)
                 print(f"right: {name} {lens} {q_len} {heads}", flush=True)
 

@@ -30,7 +30,14 @@ def sanitize(tool: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("tool", "group"), [("memcheck", "hopper"), ("memcheck", "triton"), ("racecheck", "few"), ("racecheck", "triton")]
+    ("tool", "group"),
+    [
+        ("memcheck", "hopper"),
+        ("memcheck", "triton"),
+        ("racecheck", "few"),
+        ("racecheck", "rows"),
+        ("racecheck", "triton"),
+    ],
 )
 def test_no_error(tool: str, group: str) -> None:
     done = sanitize(tool, "--error-exitcode", "86", group)

@@ -9,6 +9,8 @@ RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
 
 # Each warp sums the lengths by itself, 32 of them a thread.
 _MOST_REQUESTS = 1024
+# Every 16 query rows dequantize the keys again: for 64 rows that takes longer than sparse attention told all slots.
+_MOST_PACKED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,13 @@ def refusal(
     """Why the kernels cannot run these inputs, or None. The device is not looked at."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         return f"needs bfloat16, float16 or float8_e4m3fn, got {q.dtype}"
-    if cache.dtype != q.dtype:
+    rows = q.shape[1] * q.shape[2]
+    if cache.dtype == torch.uint8:
+        if q.dtype != torch.bfloat16:
+            return f"needs bfloat16 over a cache with scales of its own, got {q.dtype}"
+        if rows > _MOST_PACKED_ROWS:
+            return f"needs at most {_MOST_PACKED_ROWS} query rows over a cache with scales of its own, got {rows}"
+    elif cache.dtype != q.dtype:
         return f"needs a cache of q's dtype {q.dtype}, got {cache.dtype}"
     if kv_lora_rank != RANK or q.shape[-1] != RANK + ROPE:
         return f"needs kv_lora_rank {RANK} and latent_dim {RANK + ROPE}, got {kv_lora_rank} and {q.shape[-1]}"
@@ -103,7 +111,6 @@ def refusal(
         return f"needs fewer than 2**31 slots in the cache, got {pages * page_size}"
     if q.shape[0] > _MOST_REQUESTS:
         return f"needs at most {_MOST_REQUESTS} requests, got {q.shape[0]}"
-    rows = q.shape[1] * q.shape[2]
     if num_splits is not None and q.shape[0] * num_splits * (rows + 64) * RANK >= 2**31:
         return (
             f"needs fewer than 2**31 elements of partial results, got {q.shape[0]} requests of {rows} query rows in "
@@ -123,14 +130,14 @@ E4M3_FEW32 = HopperConfig("few", tile_rows=32, step=64, resident=2, stages=2)
 E4M3_FEW16 = HopperConfig("few", tile_rows=16, step=64, resident=2, stages=2)
 
 
-def choose_e4m3_config(*, rows: int) -> HopperConfig:
-    """The launch configuration for `rows` query rows a request from e4m3 caches.
+def choose_fp8_config(*, rows: int, packed: bool) -> HopperConfig:
+    """The launch configuration for `rows` query rows a request from e4m3 caches, or packed ones of 656 bytes a token.
 
     Measured on an H200, requests x heads x keys, microseconds; one program a multiprocessor of three tiles, three of
     one, two of two: 128x16x8192 180.1, 168.0, 158.5. By tiles of 16, 32 and 64 rows: 128x16x8192 160.0, 193.1, 221.0;
     of 32 and 64: 128x32x8192 194.5, 221.9, 64x48x4096 101.7, 73.7.
     """
-    if rows <= 16:
+    if rows <= 16 or packed:
         return E4M3_FEW16
     return E4M3_FEW32 if rows <= 32 else MANY
 

@@ -23,7 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlakit.decode.hopper_fp8_parts import BASE, _add_halves, _fill, _finite, _kept_maximum, _words, _zero_tail
+from mlakit.decode.hopper_fp8_parts import (
+    BASE,
+    _add_halves,
+    _fill,
+    _finite,
+    _kept_maximum,
+    _largest,
+    _words,
+    _zero_tail,
+)
 from mlakit.decode.hopper_parts import (
     _arrive,
     _await,
@@ -55,18 +64,6 @@ def _scores(queries, q_rope, keys, rope, z, layout: gl.constexpr, BLOCK_R: gl.co
     s3 = warpgroup_mma(keys.slice(384, 128, 1), part, s, use_acc=False, is_async=True)
     s0, s1, s2, s3 = warpgroup_mma_wait(0, [s0, s1, s2, s3])
     return (s0 + s1) + (s2 + s3)
-
-
-@gluon.jit
-def _largest(s, tops, of_row: gl.constexpr, BLOCK_R: gl.constexpr):
-    """Each column's maximum: of each warp's 16 keys, and through shared memory of the four warps'."""
-    flat = tops.index(0)
-    flat.store(gl.reshape(gl.max(gl.reshape(s, [4, 16, BLOCK_R]), 1), [4 * BLOCK_R]))
-    left = gl.maximum(flat.slice(0, BLOCK_R, 0).load(of_row), flat.slice(BLOCK_R, BLOCK_R, 0).load(of_row))
-    right = gl.maximum(
-        flat.slice(2 * BLOCK_R, BLOCK_R, 0).load(of_row), flat.slice(3 * BLOCK_R, BLOCK_R, 0).load(of_row)
-    )
-    return gl.maximum(left, right)
 
 
 @gluon.jit

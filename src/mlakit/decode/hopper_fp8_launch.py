@@ -7,21 +7,49 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_e4m3_config, plan_slots
+from mlakit.decode.hopper_config import RANK, ROPE, HopperConfig, HopperPlan, choose_fp8_config, plan_slots
 from mlakit.decode.hopper_fp8_few import _mla_decode_e4m3_few_kernel
 from mlakit.decode.hopper_fp8_many import _mla_decode_e4m3_many_kernel
+from mlakit.decode.hopper_fp8_rows import _mla_decode_rows_kernel
 from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
 from mlakit.hopper_counters import counters as _counters
 
 LOG2E = 1.4426950408889634
-_CODES = gl.NVMMASharedLayout(128, 8, rank=2)
-_ROPE_CODES = gl.NVMMASharedLayout(64, 8, rank=2)
 _MOST_LAUNCHES = 4096
 _LAUNCHES: dict[Any, tuple[Any, HopperConfig, HopperPlan, tuple[Any, ...]]] = {}
 
 
-def _launch_hopper_e4m3(
+def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    swizzled = min(block[1] * matrix.element_size(), 128)
+    layout = gl.NVMMASharedLayout(swizzled if swizzled >= 32 else 0, matrix.element_size() * 8, rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
+
+
+def _e4m3_descriptors(
+    q: torch.Tensor, cache: torch.Tensor, tile_rows: int, page_size: int, width: int
+) -> tuple[TensorDescriptor, ...]:
+    """Of the queries' latent and rope parts, and of the keys'."""
+    box = [page_size, 128] if page_size < 64 else [64, width]
+    return (
+        _descriptor(q, [tile_rows, width]), _descriptor(q, [tile_rows, ROPE]), _descriptor(cache, box),
+        _descriptor(cache, [box[0], ROPE]),
+    )  # fmt: skip
+
+
+def _rows_descriptors(q: torch.Tensor, cache: torch.Tensor, tile_rows: int, page_size: int) -> tuple[Any, ...]:
+    """Of the queries' rope part and of the keys' codes, scales and rope parts; and the queries."""
+    keys = min(page_size, 64)
+    codes = cache[:, :RANK]
+    scales = cache.view(torch.float32)[:, RANK // 4 : RANK // 4 + 4]
+    ropes = cache.view(torch.bfloat16)[:, RANK // 2 + 8 : RANK // 2 + 8 + ROPE]
+    return (
+        _descriptor(q, [tile_rows, ROPE]), _descriptor(codes, [keys, RANK if page_size >= 64 else 128]),
+        _descriptor(scales, [keys, 4]), _descriptor(ropes, [keys, ROPE]), q,
+    )  # fmt: skip
+
+
+def _launch_hopper_fp8(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -36,7 +64,9 @@ def _launch_hopper_e4m3(
     kv_scale: float,
     config: HopperConfig | None = None,
 ) -> None:
-    """Fill `out` and `lse` from an e4m3 query and cache, as `hopper_launch._launch_hopper_decode` does."""
+    """Fill `out` and `lse` as `hopper_launch._launch_hopper_decode` does: from an e4m3 query and cache, or from a
+    bfloat16 query and the cache of 656 bytes a token.
+    """
     batch, q_len, heads, latent = q.shape
     if batch == 0:
         return
@@ -45,16 +75,17 @@ def _launch_hopper_e4m3(
         q = q.clone(memory_format=torch.contiguous_format)
     q_matrix = q.view(batch * rows, latent)
     pages, page_size, _ = cache.shape
-    k_matrix = cache.as_strided((pages * page_size, latent), (cache.stride(1), 1))
+    k_matrix = cache.as_strided((pages * page_size, cache.shape[2]), (cache.stride(1), 1))
     aligned = tuple(tensor.data_ptr() % 16 for tensor in (out, lse, seq_lens, block_table))
     key = (
         q.shape, cache.shape, cache.stride(1), block_table.shape[1], block_table.stride(0), out.stride(), out.dtype,
-        softmax_scale, q_scale, kv_scale, causal, num_splits, config, device, aligned,
+        cache.dtype, softmax_scale, q_scale, kv_scale, causal, num_splits, config, device, aligned,
     )  # fmt: skip
     known = _LAUNCHES.get(key)
+    packed = cache.dtype == torch.uint8
     if known is None:
         capacity = block_table.shape[1] * page_size
-        chosen = config or choose_e4m3_config(rows=rows)
+        chosen = config or choose_fp8_config(rows=rows, packed=packed)
         plan = plan_slots(
             batch=batch, rows=rows, capacity=capacity, units=device_info(device).units, num_splits=num_splits,
             config=chosen,
@@ -68,17 +99,12 @@ def _launch_hopper_e4m3(
         partial_lse = torch.empty((plan.partials, plan.row_tiles * tile_rows), dtype=torch.float32, device=device)
         counters = _counters(device, batch * plan.row_tiles)
 
-    def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
-        layout = _CODES if block[1] > ROPE else _ROPE_CODES
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
-
-    many = chosen.kernel == "many"
-    width = RANK // 2 if many else RANK
-    box = [page_size, 128] if page_size < 64 else [64, width]
-    arguments = (
-        descriptor(q_matrix, [tile_rows, width]), descriptor(q_matrix, [tile_rows, ROPE]), descriptor(k_matrix, box),
-        descriptor(k_matrix, [box[0], ROPE]), block_table, seq_lens, out, lse, partial, partial_lse, counters,
-    )  # fmt: skip
+    if packed:
+        descriptors: tuple[Any, ...] = _rows_descriptors(q_matrix, k_matrix, tile_rows, page_size)
+    else:
+        width = RANK // 2 if chosen.kernel == "many" else RANK
+        descriptors = _e4m3_descriptors(q_matrix, k_matrix, tile_rows, page_size, width)
+    arguments = (*descriptors, block_table, seq_lens, out, lse, partial, partial_lse, counters)
     if known is not None:
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -86,16 +112,18 @@ def _launch_hopper_e4m3(
         else:
             kernel(*arguments, *rest)
         return
-    numbers: tuple[Any, ...] = (
-        softmax_scale * q_scale * kv_scale * LOG2E, float(kv_scale), block_table.stride(0), *out.stride()[:3], batch,
-        q_len, heads, capacity, plan.row_tiles, plan.slots, plan.splits, plan.most_pieces, plan.slot_items, 0,
+    numbers: tuple[Any, ...] = (softmax_scale * q_scale * kv_scale * LOG2E,)
+    numbers += () if packed else (float(kv_scale),)
+    numbers += (
+        block_table.stride(0), *out.stride()[:3], batch, q_len, heads, capacity, plan.row_tiles, plan.slots,
+        plan.splits, plan.most_pieces, plan.slot_items, 0,
     )  # fmt: skip
     evenly_spaced = q_len == 1 or out.stride(1) == heads * out.stride(2)
     requests = 1 if batch == 1 else max(128, triton.next_power_of_2(batch))
-    constants: tuple[Any, ...] = (
-        causal and q_len > 1, evenly_spaced, page_size, requests, chosen.least,
-    )  # fmt: skip
-    if many:
+    constants: tuple[Any, ...] = (causal and q_len > 1, evenly_spaced, page_size, requests, chosen.least)
+    if packed:
+        function, constants = _mla_decode_rows_kernel, (*constants, tile_rows, chosen.stages)
+    elif chosen.kernel == "many":
         function, constants = _mla_decode_e4m3_many_kernel, (*constants, chosen.worker_registers)
     else:
         function, constants = _mla_decode_e4m3_few_kernel, (*constants, tile_rows, chosen.stages)

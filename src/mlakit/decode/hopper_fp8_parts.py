@@ -102,3 +102,15 @@ def _finite(m, CAUSAL: gl.constexpr):
     if CAUSAL:
         m = gl.where(m == -float("inf"), 0.0, m)
     return m
+
+
+@gluon.jit
+def _largest(s, tops, of_row: gl.constexpr, BLOCK_R: gl.constexpr):
+    """Each column's maximum: of each warp's 16 keys, and through shared memory of the four warps'."""
+    flat = tops.index(0)
+    flat.store(gl.reshape(gl.max(gl.reshape(s, [4, 16, BLOCK_R]), 1), [4 * BLOCK_R]))
+    left = gl.maximum(flat.slice(0, BLOCK_R, 0).load(of_row), flat.slice(BLOCK_R, BLOCK_R, 0).load(of_row))
+    right = gl.maximum(
+        flat.slice(2 * BLOCK_R, BLOCK_R, 0).load(of_row), flat.slice(3 * BLOCK_R, BLOCK_R, 0).load(of_row)
+    )
+    return gl.maximum(left, right)

@@ -87,10 +87,10 @@ def decode_out(
         out.copy_(result)
         lse.copy_(logs)
         return
-    if chosen == "hopper" and q.dtype == torch.float8_e4m3fn:
-        from mlakit.decode.hopper_fp8_launch import _launch_hopper_e4m3
+    if chosen == "hopper" and cache.element_size() == 1:
+        from mlakit.decode.hopper_fp8_launch import _launch_hopper_fp8
 
-        _launch_hopper_e4m3(
+        _launch_hopper_fp8(
             q,
             cache,
             block_table,

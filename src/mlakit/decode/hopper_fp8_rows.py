@@ -1,0 +1,395 @@
+"""Dense MLA decode from the float8 cache with scales of its own, on Hopper: 656 bytes a token.
+
+As `hopper_fp8_few`, with two differences. The query is 16 bits, so the keys' codes become float16 in registers for the
+scores as well: four codes of a key are two pairs, hence one operand with columns 4 i and 4 i + 1 and one with 4 i + 2
+and 4 i + 3, and the query's columns are put in the same order when it is loaded. And every key has a scale for each 128
+columns: the scores of each 128 are summed apart and multiplied by it, and the weights of each 128 columns of the value
+are the weights times it, in units of a power of two of the key's own (as in `sparse/hopper_gather_fp8.py`).
+"""
+
+# mypy: disallow-incomplete-defs=False
+# Triton gives kernel arguments their types.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlakit.decode.hopper_fp8_parts import _add_halves, _finite, _largest, _words, _zero_tail
+from mlakit.decode.hopper_parts import (
+    _arrive,
+    _await,
+    _barrier,
+    _fetch_into_l2,
+    _merge,
+    _row_at,
+    _same_for_warp,
+    _tile_rows,
+    _uniform,
+)
+from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+
+# Weights are 2^10 at the maximum, so that few of them are subnormal in float16.
+BASE = gl.constexpr(10.0)
+
+
+@gluon.jit
+def _fill(k_desc, s_desc, r_desc, page_rows, keys, scales, rope, full, wanted, PAGE: gl.constexpr):
+    """Copy a tile: a box of codes, of scales and of rope parts, or one for each page (and 128 codes)."""
+    mbarrier.expect(full, 64 * 656, pred=wanted)
+    if PAGE >= 64:
+        tma.async_copy_global_to_shared(k_desc, [page_rows[0], 0], full, keys, pred=wanted)
+        tma.async_copy_global_to_shared(s_desc, [page_rows[0], 0], full, scales, pred=wanted)
+        tma.async_copy_global_to_shared(r_desc, [page_rows[0], 0], full, rope, pred=wanted)
+    else:
+        for i in gl.static_range(64 // PAGE):
+            for part in gl.static_range(4):
+                box = keys.slice(i * PAGE, PAGE, 0).slice(part * 128, 128, 1)
+                tma.async_copy_global_to_shared(k_desc, [page_rows[i], part * 128], full, box, pred=wanted)
+            some = scales.slice(i * PAGE, PAGE, 0)
+            tma.async_copy_global_to_shared(s_desc, [page_rows[i], 0], full, some, pred=wanted)
+            box = rope.slice(i * PAGE, PAGE, 0)
+            tma.async_copy_global_to_shared(r_desc, [page_rows[i], 0], full, box, pred=wanted)
+
+
+@gluon.jit
+def _fours(pairs):
+    """Four neighbouring codes, two numbers of 16 bits, in float16: the first two and the last two."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 first, last;
+        mov.b32 {first, last}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, first;
+        cvt.rn.f16x2.e4m3x2 $1, last;
+        }""",
+        "=r,=r,r",
+        [pairs],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _power(exponent):
+    """2^exponent, from -126 to 127."""
+    return ((exponent + 127) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _load_query(q_at, live, q_rows, BLOCK_R: gl.constexpr, layout: gl.constexpr):
+    """The latent part of the query rows in float16, columns in the order of `_fours`; a power of two is taken out of
+    each row, so that none is too large or too small for it, and returned.
+    """
+    c = gl.arange(0, 512, gl.SliceLayout(0, layout))
+    x = gl.load(q_at[:, None] + c[None, :], mask=live[:, None], other=0.0).to(gl.float32)
+    peak = gl.max(gl.abs(x), 1)
+    exponent = gl.maximum((peak.to(gl.int32, bitcast=True) >> 23) - 127, -30) - 14
+    x = (x * _power(-exponent)[:, None]).to(gl.float16)
+    x = gl.reshape(x, [BLOCK_R, 128, 2, 2]).permute((0, 1, 3, 2))
+    first, last = gl.split(x)
+    q_rows.index(0).store(gl.reshape(first, [BLOCK_R, 256]))
+    q_rows.index(1).store(gl.reshape(last, [BLOCK_R, 256]))
+    return _power(exponent)
+
+
+@gluon.jit
+def _group(words, queries, z, layout: gl.constexpr, GROUP: gl.constexpr, BLOCK_R: gl.constexpr):
+    """Scores of 128 columns, on their way."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    first, last = _fours(words.slice(GROUP * 64, 64, 1).load(operand))
+    s = gl.zeros([64, BLOCK_R], gl.float32, layout)
+    q = queries.index(z).slice(GROUP * 64, 64, 1).permute((1, 0))
+    s = warpgroup_mma(first, q, s, use_acc=False, is_async=True)
+    q = queries.index(z + 1).slice(GROUP * 64, 64, 1).permute((1, 0))
+    s = warpgroup_mma(last, q, s, is_async=True)
+    return s, first, last
+
+
+@gluon.jit
+def _scale(scales, GROUP: gl.constexpr, layout: gl.constexpr):
+    return gl.max(scales.slice(GROUP, 1, 1).load(layout), 1)
+
+
+# What changes from batch to batch must not recompile; `zero` must stay unknown.
+@gluon.jit(
+    do_not_specialize=[
+        "stride_tb",
+        "batch",
+        "q_len",
+        "heads",
+        "capacity",
+        "row_tiles",
+        "slots",
+        "splits",
+        "most_pieces",
+        "slot_items",
+        "zero",
+    ]
+)
+def _mla_decode_rows_kernel(
+    q_rope_desc, k_desc, s_desc, r_desc, q_ptr,
+    table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
+    scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
+    batch, q_len, heads, capacity, row_tiles, slots, splits, most_pieces, slot_items, zero,
+    CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr,
+    BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    LN2: gl.constexpr = 0.6931471805599453
+    codes: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_R, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    score: gl.constexpr = product
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_R, 16, rank=2)
+    of_key: gl.constexpr = gl.SliceLayout(1, score)
+    of_row: gl.constexpr = gl.SliceLayout(0, score)
+    by_key: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
+    slot = gl.program_id(0) // row_tiles
+    if BLOCK_B == 1:
+        length_of_all = gl.load(seq_lens_ptr)
+        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
+    else:
+        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    queries = gl.allocate_shared_memory(gl.float16, [2, BLOCK_R, 256], matrix)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_R, 64], matrix)
+    keys = gl.allocate_shared_memory(gl.uint8, [STAGES, 64, 512], codes)
+    scales = gl.allocate_shared_memory(gl.float32, [STAGES, 64, 4], gl.NVMMASharedLayout(0, 32, rank=2))
+    ropes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], matrix)
+    weights = gl.allocate_shared_memory(gl.float16, [4, 64, BLOCK_R], narrow)
+    tops = gl.allocate_shared_memory(gl.float32, [1, 4 * BLOCK_R], vector)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    pairs = keys._reinterpret(gl.int16, [STAGES, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2))
+    as_words = keys._reinterpret(gl.int32, [STAGES, 64, 128], gl.NVMMASharedLayout(128, 32, rank=2))
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    mbarrier.init(full_q, count=1)
+    fence_async_shared()
+    _barrier()
+    if BLOCK_B == 1:
+        begin, end, aligned, pieces, share, start_before = _share_out_one(
+            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 64, LEAST
+        )
+    else:
+        begin, end, aligned, pieces, share, start_before = _share_out(
+            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST
+        )
+    rows = q_len * heads
+    key = gl.arange(0, 64, of_key)
+    row = tile * BLOCK_R + gl.arange(0, BLOCK_R, of_row)
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    out_local = gl.arange(0, BLOCK_R, gl.SliceLayout(1, plain))
+    out_row = tile * BLOCK_R + out_local
+    out_col = gl.arange(0, 512, gl.SliceLayout(0, plain))
+    passed = slot * 0
+    done = slot * 0
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+        )
+        if first < last:
+            mbarrier.expect(full_q, BLOCK_R * 128)
+            q_row = request * rows + tile * BLOCK_R
+            tma.async_copy_global_to_shared(q_rope_desc, [q_row, 512], full_q, q_rope.index(0))
+            valid = gl.minimum(length, capacity)
+            last_key = valid - 1
+            table = table_ptr + request.to(gl.int64) * stride_tb
+            for i in gl.static_range(STAGES):
+                now = _tile_rows(table, first + i, last_key, PAGE)
+                stage = (passed + i) % STAGES
+                _fill(
+                    k_desc, s_desc, r_desc, now, keys.index(stage), scales.index(stage), ropes.index(stage),
+                    full.index(stage), first + i < last, PAGE,
+                )  # fmt: skip
+            next_row = _tile_rows(table, first + STAGES, last_key, PAGE)
+            if CAUSAL:
+                sight = valid - q_len + 1 + row // heads
+                shortest = valid - q_len + 1
+            else:
+                sight = gl.full([BLOCK_R], 0, gl.int32, of_row) + valid
+                shortest = valid
+            m = gl.full([BLOCK_R], -float("inf"), gl.float32, of_row)
+            l = gl.zeros([64, BLOCK_R], gl.float32, score)
+            e0 = gl.zeros([64, BLOCK_R], gl.float32, product)
+            e1, e2, e3, o0, o1, o2, o3 = e0, e0, e0, e0, e0, e0, e0
+            q_at = q_ptr + (q_row + out_local).to(gl.int64) * 576
+            unit = _load_query(q_at, out_row < rows, queries, BLOCK_R, plain)
+            unit = gl.convert_layout(unit, of_row)[None, :] * scale_log2
+            fence_async_shared()
+            _barrier()
+            mbarrier.wait(full_q, done & 1)
+            for step in range(first, last):
+                z = _same_for_warp(step * zero)
+                stage = passed % STAGES
+                at_stage = _same_for_warp(step * zero + stage)
+                tile_full = full.index(stage)
+                at = step * 64
+                then_row = _tile_rows(table, step + STAGES + 1, last_key, PAGE)
+                mbarrier.wait(tile_full, passed // STAGES & 1)
+                passed += 1
+                if at + 64 > valid:
+                    _zero_tail(as_words.index(at_stage), valid - at)
+                    fence_async_shared()
+                    _barrier()
+                words = pairs.index(at_stage)
+                own_scales = scales.index(at_stage)._reinterpret(gl.float32, [64, 4], by_key)
+                is_there = at + key < valid
+                c0 = gl.where(is_there, _scale(own_scales, 0, score), 0.0)
+                c1 = gl.where(is_there, _scale(own_scales, 1, score), 0.0)
+                c2 = gl.where(is_there, _scale(own_scales, 2, score), 0.0)
+                c3 = gl.where(is_there, _scale(own_scales, 3, score), 0.0)
+                s4 = gl.zeros([64, BLOCK_R], gl.float32, score)
+                s4 = warpgroup_mma(
+                    ropes.index(at_stage), q_rope.index(z).permute((1, 0)), s4, use_acc=False, is_async=True
+                )
+                s0, a, b = _group(words, queries, z, score, 0, BLOCK_R)
+                s1, c, d = _group(words, queries, z, score, 1, BLOCK_R)
+                s4, s0, a, b = warpgroup_mma_wait(2, [s4, s0, a, b])
+                s2, a, b = _group(words, queries, z, score, 2, BLOCK_R)
+                s1, c, d = warpgroup_mma_wait(2, [s1, c, d])
+                s3, c, d = _group(words, queries, z, score, 3, BLOCK_R)
+                s2, s3, a, b, c, d = warpgroup_mma_wait(0, [s2, s3, a, b, c, d])
+                s = (s0 * c0[:, None] + s1 * c1[:, None]) + (s2 * c2[:, None] + s3 * c3[:, None])
+                largest = gl.maximum(gl.maximum(c0, c1), gl.maximum(c2, c3))
+                exponent = gl.minimum(gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 127, -60), 100)
+                shrink = _power(-exponent)
+                s = s * unit + (s4 * scale_log2 + exponent.to(gl.float32)[:, None])
+                if at + 64 > shortest:
+                    s = gl.where((at + key)[:, None] < sight[None, :], s, -float("inf"))
+                m_new = gl.maximum(m, _largest(s, tops, of_row, BLOCK_R))
+                shift = _finite(m_new, CAUSAL)
+                factor = gl.exp2(m - shift)
+                m = m_new
+                p = gl.exp2(s - (shift - BASE)[None, :])
+                l = l * factor[None, :] + p * shrink[:, None]
+                weights.index(0).store((p * (c0 * shrink)[:, None]).to(gl.float16))
+                weights.index(1).store((p * (c1 * shrink)[:, None]).to(gl.float16))
+                weights.index(2).store((p * (c2 * shrink)[:, None]).to(gl.float16))
+                weights.index(3).store((p * (c3 * shrink)[:, None]).to(gl.float16))
+                fence_async_shared()
+                f = factor[None, :]
+                e0, e1, e2, e3 = e0 * f, e1 * f, e2 * f, e3 * f
+                o0, o1, o2, o3 = o0 * f, o1 * f, o2 * f, o3 * f
+                _barrier()
+                e0, o0, a, b = _add_halves(words.slice(0, 64, 1), weights.index(z), e0, o0, operand)
+                e1, o1, c, d = _add_halves(words.slice(64, 64, 1), weights.index(z + 1), e1, o1, operand)
+                a, b = warpgroup_mma_wait(2, [a, b])
+                e2, o2, a, b = _add_halves(words.slice(128, 64, 1), weights.index(z + 2), e2, o2, operand)
+                c, d = warpgroup_mma_wait(2, [c, d])
+                e3, o3, c, d = _add_halves(words.slice(192, 64, 1), weights.index(z + 3), e3, o3, operand)
+                e0, e1, e2, e3, o0, o1, o2, o3, a, b, c, d = warpgroup_mma_wait(
+                    0, [e0, e1, e2, e3, o0, o1, o2, o3, a, b, c, d]
+                )
+                _barrier()
+                _fill(
+                    k_desc, s_desc, r_desc, next_row, keys.index(at_stage), scales.index(at_stage),
+                    ropes.index(at_stage), tile_full, step + STAGES < last, PAGE,
+                )  # fmt: skip
+                next_row = then_row
+            done += 1
+            total = gl.sum(l, 0)
+            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
+            # over a part.
+            inverse = gl.where(total == 0.0, 0.0, 1.0 / total)
+            inverse = gl.where(length > capacity, float("nan"), inverse)
+            lse = gl.where(total == 0.0, -float("inf"), m - BASE + gl.log2(total))
+            f = inverse[None, :]
+            # Through the keys' memory, so that rows are written whole.
+            wide = keys._reinterpret(
+                gl.int32, [STAGES * 32 // BLOCK_R, BLOCK_R, 256], gl.NVMMASharedLayout(128, 32, rank=2)
+            ).index(0)
+            wide.slice(0, 64, 1).permute((1, 0)).store(_words(e0 * f, o0 * f, True))
+            wide.slice(64, 64, 1).permute((1, 0)).store(_words(e1 * f, o1 * f, True))
+            wide.slice(128, 64, 1).permute((1, 0)).store(_words(e2 * f, o2 * f, True))
+            wide.slice(192, 64, 1).permute((1, 0)).store(_words(e3 * f, o3 * f, True))
+            _barrier()
+            wide_out = keys._reinterpret(
+                gl.bfloat16, [STAGES * 32 // BLOCK_R, BLOCK_R, 512], gl.NVMMASharedLayout(128, 16, rank=2)
+            ).index(0)
+            o_all = wide_out.load(plain)
+            fence_async_shared()
+            live = (out_row < rows)[:, None]
+            if count > 1:
+                place = _partial_at(base, number, aligned) * row_tiles + tile
+                part = partial_ptr + place.to(gl.int64) * (BLOCK_R * 512) + (out_local * 512)[:, None]
+                gl.store(part + out_col[None, :], o_all, mask=live)
+                gl.store(partial_lse_ptr + place * BLOCK_R + (row - tile * BLOCK_R), lse)
+                _arrive(counter_ptr + request * row_tiles + tile, number == 0, count)
+            else:
+                at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
+                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
+                gl.store(result, o_all, mask=live)
+                natural = gl.where(length > capacity, float("nan"), lse * LN2)
+                gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
+                _barrier()
+        before += steps
+
+    # Requests without keys: nobody's pieces.
+    for other in range(slot, batch, slots):
+        request = slot * 0 + other  # a tensor, also to the type checker
+        length = gl.load(seq_lens_ptr + request)
+        if gl.minimum(length, capacity) <= 0:
+            at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
+            result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
+            nothing = gl.where(length > capacity, float("nan"), 0.0).to(gl.bfloat16)
+            gl.store(result, gl.zeros([BLOCK_R, 512], gl.bfloat16, plain) + nothing, mask=(out_row < rows)[:, None])
+            nothing = gl.where(length > capacity, float("nan"), -float("inf"))
+            nothing += gl.zeros([BLOCK_R], gl.float32, of_row)
+            gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+
+    # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
+    before = start_before
+    for item in range(begin, end):
+        request, length, steps, first, last, number, count, base = _piece(
+            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
+        )
+        if (first < last) & (count > 1):
+            _await(counter_ptr + request * row_tiles + tile)
+            result = out_ptr + request.to(gl.int64) * stride_ob
+            result_lse = lse_ptr + request.to(gl.int64) * rows
+            too_long = length > capacity
+            if count <= 2:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            elif count <= 4:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            elif count <= 8:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            elif count <= 16:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            elif count <= 32:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            elif count <= 64:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, True, FLAT,
+                )  # fmt: skip
+            else:
+                _merge(
+                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
+                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, False, FLAT,
+                )  # fmt: skip
+        before += steps
