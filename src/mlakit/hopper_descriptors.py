@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -28,14 +29,20 @@ class _Descriptor(TensorDescriptor):
 
 
 @lru_cache(4096)
-def _make(pointer: int, dtype: torch.dtype, length: int, width: int, stride: int, rows: int, cols: int) -> _Descriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=dtype.itemsize * 8, rank=2)
+def descriptor(
+    pointer: int, dtype: torch.dtype, length: int, width: int, stride: int, rows: int, cols: int
+) -> _Descriptor:
+    """Bulk loads of [rows, cols] from a matrix [length, width] at an address, whose rows begin `stride` elements apart;
+    rows of shared memory are swizzled by 128 bytes, or by as many as they have.
+    """
+    swizzled = min(128, triton.next_power_of_2(cols * dtype.itemsize))
+    layout = gl.NVMMASharedLayout(swizzled if swizzled >= 32 else 0, element_bitwidth=dtype.itemsize * 8, rank=2)
     return _Descriptor(_Address(pointer, dtype), [length, width], [stride, 1], [rows, cols], layout)
 
 
 def descriptor_of_rows(x: torch.Tensor, rows: int, cols: int) -> _Descriptor:
     """Bulk loads of [rows, cols] from a matrix with stride 1 in its last dimension."""
-    return _make(x.data_ptr(), x.dtype, x.shape[0], x.shape[1], x.stride(0), rows, cols)
+    return descriptor(x.data_ptr(), x.dtype, x.shape[0], x.shape[1], x.stride(0), rows, cols)
 
 
 def descriptor_of_heads(x: torch.Tensor, rows: int, cols: int) -> _Descriptor:
@@ -48,4 +55,4 @@ def descriptor_of_heads(x: torch.Tensor, rows: int, cols: int) -> _Descriptor:
     width = (heads - 1) * head + dim
     if length == 1:  # its stride may be anything then
         row = -(-width // 8) * 8
-    return _make(x.data_ptr(), x.dtype, length, width, row, rows, cols)
+    return descriptor(x.data_ptr(), x.dtype, length, width, row, rows, cols)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+LOG2E = 1.4426950408889634  # GPUs have a power of two: launchers multiply the softmax scale by it
+
 # Every new shape is remembered; a program that never repeats one must not grow for ever.
 _MOST_LAUNCHES = 4096
 

@@ -11,10 +11,9 @@ from mlakit.decode.triton_decode import _mla_decode_kernel
 from mlakit.decode.triton_fp8 import AS_QUERY, E4M3, E4M3_ROWS
 from mlakit.decode.triton_schedule import plan_slots
 from mlakit.hardware import DeviceInfo, device_info
-from mlakit.triton_launch import Launches
+from mlakit.triton_launch import LOG2E, Launches
 
 _FORMATS = {torch.float8_e4m3fn: E4M3, torch.uint8: E4M3_ROWS}
-LOG2E = 1.4426950408889634
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
 MIN_PIECE_KEYS = 64
 

@@ -7,7 +7,7 @@ from mlakit.hopper_descriptors import descriptor_of_heads
 from mlakit.prefill.hopper_config import BLOCK_M, HopperConfig, hopper_config, key_parts
 from mlakit.prefill.hopper_forward import _prefill_hopper_kernel
 from mlakit.prefill.triton_tiles import heads_in_l2
-from mlakit.triton_launch import Launches
+from mlakit.triton_launch import LOG2E, Launches
 
 _LAUNCHES = Launches(_prefill_hopper_kernel)
 
@@ -90,7 +90,7 @@ def _launch_hopper(
             tiles,
             num_heads,
             heads_at_once,
-            softmax_scale * 1.4426950408889634,
+            softmax_scale * LOG2E,
             q.stride(1),
             k.stride(1),
             0 if rest.shape[1] == 1 else rest.stride(1),

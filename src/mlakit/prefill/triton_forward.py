@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mlakit.prefill.config import PrefillConfig, split_head_dim, value_width
 from mlakit.prefill.triton_tiles import heads_in_l2, load_rows, locate_tile
+from mlakit.triton_launch import LOG2E
 
 
 @triton.jit
@@ -211,7 +212,7 @@ def _launch_forward(
         tiles,
         num_heads,
         heads_at_once or groups * heads_in_l2(k.shape[1], k.shape[0], batch, (qk_dim + v_dim) * k.element_size()),
-        softmax_scale * 1.4426950408889634,
+        softmax_scale * LOG2E,
         q.stride(0),
         q.stride(1),
         k.stride(0),

@@ -11,9 +11,8 @@ from mlakit.hopper_counters import counters as counters_of
 from mlakit.sparse.config import choose_splits
 from mlakit.sparse.hopper_attention import _mla_sparse_hopper_kernel
 from mlakit.sparse.hopper_config import PAIR, RANK, ROWS, HopperConfig, choose_config
-from mlakit.triton_launch import Launches
+from mlakit.triton_launch import LOG2E, Launches
 
-LOG2E = 1.4426950408889634
 _ATTENTION = Launches(_mla_sparse_hopper_kernel)
 
 

@@ -10,9 +10,7 @@ from mlakit.hardware import DeviceInfo, device_info
 from mlakit.sparse.config import SparseConfig, choose_config, choose_splits
 from mlakit.sparse.triton_attention import _mla_sparse_kernel
 from mlakit.sparse.triton_combine import _mla_sparse_combine_kernel
-from mlakit.triton_launch import Launches
-
-LOG2E = 1.4426950408889634
+from mlakit.triton_launch import LOG2E, Launches
 
 
 @dataclass(frozen=True)
