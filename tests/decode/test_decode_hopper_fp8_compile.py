@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from mlakit.decode.hopper_fp8_launch import _launch_hopper_fp8
+from mlakit.decode.hopper_launch import _launch_hopper_decode
 from mlakit.testing.offline import CompiledKernel, offline
 from tests.decode.test_decode_hopper_compile import SHARED_LIMIT, loops
 
@@ -17,7 +17,7 @@ E4M3 = torch.float8_e4m3fn
 def compile_fp8(q_len: int, heads: int, page_size: int = 64, batch: int = 4, *, packed: bool = False) -> CompiledKernel:
     q_dtype, dtype, width = (torch.bfloat16, torch.uint8, 656) if packed else (E4M3, E4M3, 576)
     with offline(90) as kernels:
-        _launch_hopper_fp8(
+        _launch_hopper_decode(
             torch.empty((batch, q_len, heads, 576), dtype=q_dtype),
             torch.empty((2, page_size, width), dtype=dtype),
             torch.empty((batch, 8192 // page_size), dtype=torch.int32),
@@ -27,8 +27,6 @@ def compile_fp8(q_len: int, heads: int, page_size: int = 64, batch: int = 4, *, 
             softmax_scale=1.0,
             causal=True,
             num_splits=None,
-            q_scale=1.0,
-            kv_scale=1.0,
         )
     (kernel,) = kernels
     return kernel

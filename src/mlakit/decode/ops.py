@@ -87,23 +87,6 @@ def decode_out(
         out.copy_(result)
         lse.copy_(logs)
         return
-    if chosen == "hopper" and cache.element_size() == 1:
-        from mlakit.decode.hopper_fp8_launch import _launch_hopper_fp8
-
-        _launch_hopper_fp8(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            out,
-            lse,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            num_splits=num_splits,
-            q_scale=q_scale,
-            kv_scale=kv_scale,
-        )
-        return
     if chosen == "hopper":
         from mlakit.decode.hopper_launch import _launch_hopper_decode
 
@@ -117,6 +100,8 @@ def decode_out(
             softmax_scale=softmax_scale,
             causal=causal,
             num_splits=num_splits,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
         )
         return
     from mlakit.decode.triton_launch import _launch_decode
