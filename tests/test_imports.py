@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mlakit"
-OPERATIONS = {"decode", "prefill", "sparse", "indexer", "concat", "cache", "quant", "merge", "rope"}
+OPERATIONS = {"decode", "prefill", "sparse", "indexer", "concat", "cache", "quant", "merge", "rope", "paged"}
 
 # A layer may import from the layers below it, and from itself.
 LAYERS = [

@@ -106,18 +106,44 @@ class Mlakit(MlakitTriton):
 
 
 class TritonStandard(_OwnKernels):
-    """`mla_prefill` with grouped KV heads; keys and values are gathered from their pages first."""
+    """`paged_attention`: pages are read where they lie."""
 
     name = "triton"
-    summary = "mlakit's portable Triton kernel for standard attention"
+    summary = "mlakit's portable Triton kernels for standard attention; one call for all requests"
     attention = frozenset({"standard"})
+    extra_parameters = (
+        Parameter(
+            "num_splits", int, "pieces that the keys of a request of few tokens are cut into", minimum=1, maximum=256
+        ),
+    )
 
-    def prepare_standard(self, problem: StandardProblem, **parameters: Any) -> Callable[..., Output]:
-        """Gather, then one call for all requests."""
-        from mlakit.backends.pipeline import gather
+    def refusal(self, problem: Problem) -> str | None:
+        """Half precision, and head dims up to 256."""
+        from mlakit.backends.problem import StandardProblem
 
-        attend, slots = _prefill(problem, "triton"), problem.batch.slots
-        return lambda q, k_cache, v_cache, out: attend(q, gather(k_cache, slots), gather(v_cache, slots), out)
+        if reason := super().refusal(problem):
+            return reason
+        if isinstance(problem, StandardProblem) and problem.dims.head_dim > 256:
+            return f"takes head dims up to 256, got {problem.dims.head_dim}"
+        return None
+
+    def prepare_standard(
+        self, problem: StandardProblem, num_splits: int | None = None, **parameters: Any
+    ) -> Callable[..., Output]:
+        """One call for all requests."""
+        from mlakit.paged import paged_attention
+
+        batch = problem.batch
+        tables = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
+        options: dict[str, Any] = {
+            "softmax_scale": problem.softmax_scale,
+            "causal": problem.causal,
+            "max_seqlen_q": batch.max_q_len,
+            "num_splits": num_splits,
+            "impl": "triton",
+        }
+        problem.kernel = "paged_attention, triton"
+        return lambda q, k_cache, v_cache, out: paged_attention(q, k_cache, v_cache, *tables, out=out, **options)
 
 
 def _prefill(problem: Problem, impl: str | None) -> Callable[..., Output]:

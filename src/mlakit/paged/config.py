@@ -1,0 +1,127 @@
+"""Launch configurations of the paged attention kernels, and which of them a batch takes: from shapes and device."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_HEAD_DIM = 256
+MIN_DOT_DIM = 16  # tl.dot's least depth
+# A piece of fewer keys costs more to start and to merge than its keys cost to read.
+MIN_PIECE_KEYS = 128
+
+# Shared memory a thread block may use, in bytes. Consumer chips (8.6, 8.9, 12.x) have the least, so an unknown one is
+# taken for such.
+_SHARED_BYTES = {
+    (8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024
+}  # fmt: skip
+_SHARED_BYTES_LEAST = 99 * 1024
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """Tile of one program and how it is run; `resident` programs are meant to share a multiprocessor."""
+
+    block_m: int  # query rows: tokens x the heads that share a KV head
+    block_n: int  # keys a step
+    num_warps: int
+    num_stages: int
+    resident: int = 1
+    ahead: bool = False
+    branch: bool = True
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """An upper estimate of the shared memory of a program: a ring of keys and values, the queries, the weights, and
+        2 KiB for reductions.
+        """
+        width = padded_dim(head_dim)
+        buffers = self.num_stages if self.block_m >= 64 else max(self.num_stages - 1, 1)
+        ring = buffers * 2 * self.block_n * width
+        return 2 * (ring + self.block_m * (width + self.block_n)) + 2048
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that a batch takes: `split` for requests of up to `split_rows` query rows, `tiles` for the others;
+    None where no request can need it.
+    """
+
+    split: PagedConfig | None
+    split_rows: int
+    tiles: PagedConfig | None
+
+
+def padded_dim(head_dim: int) -> int:
+    """Columns computed: a power of two."""
+    return max(MIN_DOT_DIM, 1 << (head_dim - 1).bit_length())
+
+
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Most shared memory that one program may use on this device, in bytes."""
+    return _SHARED_BYTES.get(capability, _SHARED_BYTES_LEAST)
+
+
+@lru_cache
+def choose_kernels(
+    *,
+    tokens: int,
+    batch: int,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    max_seqlen_q: int | None,
+    capability: tuple[int, int] | None,
+    units: int,
+) -> Kernels:
+    """Which kernels run `tokens` query tokens of `batch` requests, each with room for `capacity` keys in its table, on
+    a device of `units` multiprocessors; None as capability is the interpreter.
+    """
+    capability = capability or (8, 0)
+    small_rows = max(16, 1 << (group - 1).bit_length())  # one token's rows, in a tile
+    if max_seqlen_q is None:
+        return Kernels(_split_config(small_rows, head_dim, capability), small_rows, _tiles_config(head_dim, capability))
+    rows = max(max_seqlen_q, 1) * group
+    tiles = _tiles_config(head_dim, capability)
+    # Programs that would each go through all keys of a tile of rows, and not fill half of the device.
+    few_tiles = (tokens * group // tiles.block_m + batch) * kv_heads * 2 <= units and capacity >= 8 * MIN_PIECE_KEYS
+    if rows <= 64 or few_tiles:
+        config = _split_config(rows, head_dim, capability)
+        return Kernels(config, -(-rows // config.block_m) * config.block_m, None)
+    if tokens == batch * max_seqlen_q:  # all are as long
+        return Kernels(None, 0, tiles)
+    return Kernels(_split_config(small_rows, head_dim, capability), small_rows, tiles)
+
+
+def _split_config(rows: int, head_dim: int, capability: tuple[int, int]) -> PagedConfig:
+    width = padded_dim(head_dim)
+    large = shared_limit(capability) > 200 * 1024
+    if rows <= 16:
+        candidates = [PagedConfig(16, 64, 4, 3, 2 if large else 1), PagedConfig(16, 32, 4, 3, 1)]
+    elif rows <= 32:
+        candidates = [PagedConfig(32, 64, 4, 3, 2 if large else 1), PagedConfig(32, 32, 4, 3, 1)]
+    else:
+        candidates = [
+            PagedConfig(64, 64, 4 if width <= 128 else 8, 3, 1),
+            PagedConfig(64, 32, 4 if width <= 128 else 8, 2, 1),
+        ]
+    return _first_that_fits(candidates, head_dim, capability)
+
+
+def _tiles_config(head_dim: int, capability: tuple[int, int]) -> PagedConfig:
+    wide = padded_dim(head_dim) > 128
+    if capability[0] == 9:
+        candidates = [PagedConfig(128, 64, 8, 3), PagedConfig(128, 64, 8, 2)]
+    elif capability[0] == 10:
+        candidates = [PagedConfig(64, 64, 8, 2)] if wide else [PagedConfig(128, 64, 8, 3)]
+    elif wide:
+        candidates = [PagedConfig(64, 32, 8, 2), PagedConfig(32, 32, 4, 2)]
+    else:
+        candidates = [PagedConfig(128, 32, 8, 2), PagedConfig(64, 32, 4, 2)]
+    return _first_that_fits(candidates, head_dim, capability)
+
+
+def _first_that_fits(candidates: list[PagedConfig], head_dim: int, capability: tuple[int, int]) -> PagedConfig:
+    limit = shared_limit(capability)
+    for config in candidates:
+        if config.shared_bytes(head_dim) * config.resident + 1024 * (config.resident - 1) <= limit:
+            return config
+    return PagedConfig(16, 16, 4, 2)

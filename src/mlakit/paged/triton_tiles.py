@@ -1,0 +1,102 @@
+"""Many query rows a request: every program takes one tile of rows, and all keys that it sees."""
+
+# Kernel arguments have no Python type; only the constexprs among them are annotated.
+# mypy: disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mlakit.paged.triton_attend import _attend, _store_rows
+
+
+@triton.jit
+def _locate_tile(tile, cu_ptr, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request that a tile of the list belongs to: (request, its first token, its tokens, the tile's first row).
+
+    Request i owns tiles cu[i] * GROUP // BLOCK_M + i and on, as many as it needs: the host can bound the list's length
+    by tokens * GROUP // BLOCK_M + batch + 1 without knowing the lengths. Tokens past cu[batch] belong to request
+    `batch`, which has no keys. The tile may lie past the end of its request; then it has no rows.
+    """
+    request = 0
+    for first in range(0, batch, 128):
+        i = first + 1 + tl.arange(0, 128)
+        bound = tl.load(cu_ptr + i, mask=i <= batch, other=0)
+        request += tl.sum(((bound * GROUP // BLOCK_M + i <= tile) & (i <= batch)).to(tl.int32), 0)
+    start = tl.load(cu_ptr + request)
+    end = tl.load(cu_ptr + request + 1, mask=request < batch, other=tokens)
+    return request, start, end - start, (tile - start * GROUP // BLOCK_M - request) * BLOCK_M
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "tiles", "heads_at_once", "capacity", "stride_tb"])
+def _paged_tiles_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    cu_ptr,
+    out_ptr,
+    lse_ptr,
+    scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_kp,
+    stride_kt,
+    stride_kh,
+    stride_vp,
+    stride_vt,
+    stride_vh,
+    stride_tb,
+    stride_ot,
+    stride_oh,
+    tokens,
+    batch,
+    kv_heads,
+    tiles,
+    heads_at_once,
+    capacity,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BRANCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Requests of up to SPLIT_ROWS rows are the other kernel's, which may start as soon as all programs of this one
+    have.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+    # Heads go in groups whose keys and values fit L2; within a group every head's longest tile comes first.
+    program = tl.program_id(0)
+    group = program // (tiles * heads_at_once)
+    within = program - group * tiles * heads_at_once
+    heads_here = tl.minimum(heads_at_once, kv_heads - group * heads_at_once)
+    kv_head = group * heads_at_once + within % heads_here
+    tile = within // heads_here
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    request, q_start, q_len, first_row = _locate_tile(tile, cu_ptr, batch, tokens, GROUP, BLOCK_M)
+    rows = q_len * GROUP
+    if (first_row >= rows) | ((rows <= SPLIT_ROWS) & (request < batch)):
+        return
+    length = tl.load(seq_lens_ptr + request, mask=request < batch, other=0)
+    acc, l, m = _attend(
+        q_ptr, k_ptr, v_ptr, table_ptr, scale_log2,
+        stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_tb,
+        request, q_start, q_len, length, kv_head, first_row, 0, capacity, capacity,
+        CAUSAL, GROUP, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, WIDE, SAME_STRIDES, AHEAD, BRANCH,
+    )  # fmt: skip
+    _store_rows(
+        acc, l, m, out_ptr, lse_ptr, stride_ot, stride_oh, kv_heads * GROUP,
+        q_start, q_len, length, kv_head, first_row, capacity, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
