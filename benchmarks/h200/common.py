@@ -35,8 +35,8 @@ class Job:
         wrong: why a candidate's result is wrong; empty if it is right.
         candidates: in any order, peers included.
         peer: the candidate that ratios refer to.
-        rounds: the candidates are timed in turns, so many times, a share of the samples each time: what a GPU at its
-            power limit gives to one after the other differs by more than they do.
+        rounds: the candidates are timed in turns, so many times, a share of the samples each time and in another order
+            each time (`order_of_turn`): a GPU at its power limit gives them unlike shares of its clock.
     """
 
     op: str
@@ -89,14 +89,25 @@ def check(job: Job, call: Callable[[], Tensors]) -> str:
     return f"WRONG: {reason}" if reason else ""
 
 
+def order_of_turn(count: int, turn: int) -> list[int]:
+    """In which order so many candidates go in a turn: the rows of a Williams design.
+
+    What ran just before counts where a GPU is at its power limit: at 1x4096 tokens dense prefill was at 0.94 of
+    FlashAttention-3's speed where it always went after cuDNN's, and at 1.01 where it did not. In `count` turns, or twice
+    as many where `count` is odd, each candidate begins equally often and follows each other one equally often.
+    """
+    steps = [(i + 1) // 2 * (1 if i % 2 else -1) for i in range(count)]  # 0, 1, -1, 2, -2, ...
+    mirrored = -1 if count % 2 and turn % 2 else 1  # else an odd number of candidates would have the same pairs again
+    return [(turn + mirrored * step) % count for step in steps]
+
+
 def measure(job: Job, repeats: int) -> dict[str, Timing]:
     """Time the candidates that run and are right; say of the others why not."""
     found: dict[str, list[Timing]] = {}
     failed: set[str] = set()
     for turn in range(job.rounds):
-        for name, call in job.candidates:
-            if name in failed:
-                continue
+        left = [candidate for candidate in job.candidates if candidate[0] not in failed]
+        for name, call in (left[i] for i in order_of_turn(len(left), turn)):
 
             def action(name: str = name, call: Callable[[], Tensors] = call, first: bool = turn == 0) -> str:
                 if first and (reason := check(job, call)):

@@ -41,6 +41,7 @@ def produce(
     pid = gl.program_id(0)
     step = gl.num_programs(0)
     total = tiles * num_heads
+    heads_left = num_heads % heads_at_once
     index = pid
     ticket = 0
     done = 0  # tiles worked on
@@ -48,12 +49,15 @@ def produce(
     v_row = 0  # of the block whose values are due
     v_col = 0
     while index < total:
-        # Heads go in groups whose keys and values fit L2; within a group every head's longest tile comes first.
-        group = index // (tiles * heads_at_once)
-        within = index - group * tiles * heads_at_once
-        heads_here = gl.minimum(heads_at_once, num_heads - group * heads_at_once)
+        # Heads go in groups whose keys and values fit L2; within a group every head's longest tile comes first. What is
+        # left of a whole number of groups goes first: a small last group has too few tiles to keep every multiprocessor
+        # at work until its longest one ends.
+        behind = index - heads_left * tiles
+        first_head = gl.where(behind < 0, 0, heads_left + behind // (tiles * heads_at_once) * heads_at_once)
+        heads_here = gl.where(behind < 0, heads_left, heads_at_once)
+        within = index - first_head * tiles
         tile = within // heads_here
-        head = group * heads_at_once + within - tile * heads_here
+        head = first_head + within - tile * heads_here
         if CAUSAL:
             tile = tiles - 1 - tile
         # Sequence i owns tiles cu[i] // BLOCK_M + i and on, as many as it needs; rows past the last one's end belong
@@ -121,7 +125,10 @@ def produce(
                             tma.async_copy_global_to_shared(
                                 q1_desc, [q_row + w * 64, q_col + D0], q_full.index(w), q1_s.index(w)
                             )
-                    ticket = gl.atomic_add(counter_ptr, 1)  # early: an answer takes a microsecond
+                if j == gl.maximum(blocks - 2, 0):
+                    # As late as an answer, which takes a microsecond, is not waited for: who draws early holds a tile
+                    # that others could begin sooner.
+                    ticket = gl.atomic_add(counter_ptr, 1)
             done += 1
         else:
             ticket = gl.atomic_add(counter_ptr, 1)
