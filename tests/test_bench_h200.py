@@ -5,14 +5,18 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from mlakit.bench import config_file
 from mlakit.bench.plan import make_plan, settings_for
+from mlakit.bench.timing import Timing
 from mlakit.cli import bench, recommend
 from mlakit.cli.study import add_parser as add_studies
 
@@ -40,6 +44,11 @@ def run_all() -> ModuleType:
 @pytest.fixture(scope="module")
 def anchors() -> ModuleType:
     return _script("anchors")
+
+
+@pytest.fixture(scope="module")
+def common() -> ModuleType:
+    return _script("common")
 
 
 @pytest.fixture
@@ -107,6 +116,43 @@ def test_scripts_find_what_a_relative_pythonpath_names(run_all, step, tmp_path, 
     monkeypatch.setenv("PYTHONPATH", "lib")
     source = "import their_module; assert os.sep not in out; json.dump(their_module.ROWS, open(out, 'w'))"
     assert run_all.refresh([step("concat", source)], tmp_path, STAMP) == []
+
+
+# One candidate alone, an even and an odd number, and as many as a sweep has.
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_each_candidate_follows_each_other_one_equally_often(common, count):
+    turns = count * (1 + count % 2)
+    orders = [common.order_of_turn(count, turn) for turn in range(turns)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert Counter(order[0] for order in orders) == dict.fromkeys(range(count), turns // count)
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert pairs == {(a, b): turns // count for a in range(count) for b in range(count) if a != b}
+
+
+def test_candidates_go_round_and_what_fails_is_left_out(common, monkeypatch, capsys):
+    ran = []
+
+    def time_calls(calls, device, *, repeats):
+        calls[0]()
+        return Timing((float(len(ran)),) * repeats)
+
+    def candidate(name):
+        def call():
+            ran.append(name)
+            if name == "broken":
+                raise RuntimeError("no such kernel")
+            return (torch.zeros(2),)
+
+        return name, call
+
+    monkeypatch.setattr(common, "time_calls", time_calls)
+    job = common.Job("op", "job", {}, 1.0, 1.0, lambda found: "", [candidate(x) for x in ("a", "broken", "b", "c")])
+    job.rounds = 4
+    found = common.measure(job, 6)
+    assert {name: len(timing.samples) for name, timing in found.items()} == {"a": 8, "b": 8, "c": 8}
+    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+    assert ran.count("broken") == 1
+    assert ran[-9:] == ["b", "a", "c", "c", "a", "b", "a", "c", "b"]
 
 
 def test_every_step_has_its_script(run_all):
