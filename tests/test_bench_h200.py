@@ -147,7 +147,6 @@ def test_candidates_go_round_and_what_fails_is_left_out(common, monkeypatch, cap
 
     monkeypatch.setattr(common, "time_calls", time_calls)
     job = common.Job("op", "job", {}, 1.0, 1.0, lambda found: "", [candidate(x) for x in ("a", "broken", "b", "c")])
-    job.rounds = 4
     found = common.measure(job, 6)
     assert {name: len(timing.samples) for name, timing in found.items()} == {"a": 8, "b": 8, "c": 8}
     assert "RuntimeError: no such kernel" in capsys.readouterr().out

@@ -47,7 +47,7 @@ class Job:
     wrong: Callable[[Tensors], str]
     candidates: list[Candidate] = field(default_factory=list)
     peer: str = ""
-    rounds: int = 1
+    rounds: int = 4
 
 
 def parse_arguments(

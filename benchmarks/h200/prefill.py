@@ -39,7 +39,6 @@ BACKWARD = [(1, 4096, 128, True), (1, 8192, 128, True), (1, 4096, 128, False)]
 PARTS = [(1, 1024, 128, True), (1, 4096, 128, True), (1, 4096, 128, False), (1, 8192, 128, True), (8, 2048, 128, True)]
 MERGE = [(2, 8192, 128, 128), (8, 8192, 128, 128), (64, 64, 16, 512)]
 QK, NOPE, V = 192, 128, 128
-ROUNDS = 4
 SCALE = QK**-0.5
 
 # block_m, block_n, warps, stages, bulk loads. Not worth a try again: computing the next block's scores while the
@@ -115,7 +114,6 @@ def forward_job(batch: int, tokens: int, heads: int, causal: bool, tune: bool, p
         "mla_prefill", batch_name(batch, tokens, heads, causal), fields(batch, tokens, heads, causal),
         flops=2.0 * pairs * heads * (QK + V), least_bytes=2.0 * batch * tokens * heads * 2 * (QK + V), wrong=wrong,
         candidates=[*(others if peers else ()), *forward_candidates(inputs, tokens, causal, tune)], peer="fa3",
-        rounds=ROUNDS,
     )  # fmt: skip
 
 
@@ -165,7 +163,7 @@ def parts_job(batch: int, tokens: int, heads: int, causal: bool, tune: bool, pee
     pairs = batch * tokens * ((tokens + 1) / 2 if causal else tokens)
     return Job(
         "mla_prefill", parts_name(batch, tokens, heads, causal), fields(batch, tokens, heads, causal),
-        flops=2.0 * pairs * heads * (QK + V), wrong=wrong, candidates=candidates, peer="concat_k + fa3", rounds=ROUNDS,
+        flops=2.0 * pairs * heads * (QK + V), wrong=wrong, candidates=candidates, peer="concat_k + fa3",
         least_bytes=2.0 * batch * tokens * (heads * (QK + NOPE + 2 * V) + QK - NOPE),
     )  # fmt: skip
 
