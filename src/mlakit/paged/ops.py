@@ -107,12 +107,18 @@ def check_lengths(
     """
     if seq_lens.numel() == 0:
         return
-    capacity, longest = block_table.shape[1] * k_cache.shape[1], int(seq_lens.max())
+    shortest, longest = (int(x) for x in seq_lens.aminmax())
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    if shortest < 0:
+        raise ValueError(f"seq_lens must not be negative, got {shortest}")
     if longest > capacity:
-        raise ValueError(f"seq_lens must be at most the table's {capacity} keys a request, got {longest}")
+        raise ValueError(
+            f"block_table is too short: its {block_table.shape[1]} pages of {k_cache.shape[1]} tokens hold {capacity} "
+            f"keys, seq_lens has {longest}"
+        )
     queries = int(cu_seqlens_q.diff().max())
     if max_seqlen_q is not None and queries > max_seqlen_q:
-        raise ValueError(f"max_seqlen_q must be at least the longest request's {queries}, got {max_seqlen_q}")
+        raise ValueError(f"max_seqlen_q must be at least the longest request's {queries} tokens, got {max_seqlen_q}")
 
 
 def _lse_like(q: torch.Tensor) -> torch.Tensor:
