@@ -72,8 +72,8 @@ def attend(inputs: Inputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 KV_LENS = [0, 1, 15, 16, 17, 63, 64, 65, 1000, 4097]
 
 
-# Groups: 1 (idle rows), 3, 4, 16 (a tile of one token), 32 (a larger tile). New tokens: one, and more than some requests
-# have keys; both hints of their number and none.
+# Groups: 1 (idle rows), 3, 4, 16 (a tile of one token), 32 (a larger tile). New tokens: one, and more than some of the
+# requests have keys; with a hint of their number and without.
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (6, 2), (32, 8), (32, 2), (32, 1)])
 @pytest.mark.parametrize("q_len", [1, 5])
 @pytest.mark.parametrize("num_splits", [None, 1, 7])
@@ -87,8 +87,8 @@ def test_decode(heads: int, kv_heads: int, q_len: int, num_splits: int | None, h
     check(inputs, out, lse)
 
 
-# Prefill, a chunk of a longer prompt, decode and requests without tokens or keys, in any order; lengths around a tile of
-# rows. One request alone; and few rows over many keys, which are cut.
+# Prefill, a chunk of a longer prompt, decode and requests without tokens or keys, in any order; lengths around a tile
+# of rows. One request alone; and few rows over many keys, which are cut.
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens"),
     [
@@ -251,5 +251,5 @@ def test_the_kernel_is_taken_unasked() -> None:
     inputs = make([1, 30], [300, 65])
     assert capability("cuda") is not None
     assert torch.equal(attend(inputs, impl=None)[0], attend(inputs)[0])
-    with pytest.raises(RuntimeError, match="needs bfloat16 or float16, got torch.float32"):
+    with pytest.raises(RuntimeError, match=r"needs bfloat16 or float16, got torch\.float32"):
         attend((*(x.float() for x in inputs[:3]), *inputs[3:]))

@@ -21,8 +21,8 @@ SMALL_GPU = DeviceInfo("cpu", 0, "interpreter", None, 12, 2**20, 2**30)
 SPLIT, ROWS = PagedConfig(16, 16, 4, 3, 1), PagedConfig(32, 16, 4, 2)
 
 
-# Decode: no key, one, around a tile and a page; a request of fewer keys than queries, one without queries, and a row that
-# is no request's. Pages below, at and above a tile, and one that no tile divides. Groups of 3, 1 and 20 heads; a head
+# Decode: no key, one, around a tile and a page; a request of fewer keys than queries, one without queries, and a row
+# of no request's. Pages below, at and above a tile, and one that no tile divides. Groups of 3, 1 and 20 heads; a head
 # dim that is no power of two. Pieces: balanced, one, more than there are tiles.
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens", "shape", "page_size", "num_splits"),
