@@ -32,6 +32,7 @@ _PUBLIC = {
     "mla_prefill": "mlakit.prefill",
     "mla_sparse_decode": "mlakit.sparse",
     "mla_sparse_prefill": "mlakit.sparse",
+    "paged_attention": "mlakit.paged",
     "parse_batch_spec": "mlakit.bench.batch_spec",
     "run_mla_benchmark": "mlakit.bench.runner",
     "select_topk": "mlakit.indexer",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from mlakit.indexer import indexer_logits_paged as indexer_logits_paged
     from mlakit.indexer import select_topk as select_topk
     from mlakit.merge import merge_states as merge_states
+    from mlakit.paged import paged_attention as paged_attention
     from mlakit.prefill import mla_prefill as mla_prefill
     from mlakit.quant import act_quant as act_quant
     from mlakit.quant import fp8_gemm as fp8_gemm

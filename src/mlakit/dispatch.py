@@ -45,7 +45,7 @@ def which_impl(operation: Callable[..., Any], *args: Any, **options: Any) -> str
         'hopper'
 
     Args:
-        operation: `mla_decode`, `mla_prefill`, `mla_sparse_prefill` or `mla_sparse_decode`.
+        operation: `mla_decode`, `mla_prefill`, `mla_sparse_prefill`, `mla_sparse_decode` or `paged_attention`.
         *args: what it would be called with.
         **options: likewise.
 
