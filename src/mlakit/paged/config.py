@@ -92,24 +92,21 @@ def choose_kernels(
 
 
 def _split_config(rows: int, head_dim: int, capability: tuple[int, int]) -> PagedConfig:
-    width = padded_dim(head_dim)
-    large = shared_limit(capability) > 200 * 1024
+    resident = 2 if shared_limit(capability) > 200 * 1024 else 1
     if rows <= 16:
-        candidates = [PagedConfig(16, 64, 4, 3, 2 if large else 1), PagedConfig(16, 32, 4, 3, 1)]
-    elif rows <= 32:
-        candidates = [PagedConfig(32, 64, 4, 3, 2 if large else 1), PagedConfig(32, 32, 4, 3, 1)]
+        candidates = [PagedConfig(16, 64, 4, 3, resident), PagedConfig(16, 32, 4, 3)]
+    elif rows <= 32 or padded_dim(head_dim) > 128:  # with rows of 64 two registers spill at 256 columns
+        candidates = [PagedConfig(32, 64, 4, 3, resident), PagedConfig(32, 32, 4, 3)]
     else:
-        candidates = [
-            PagedConfig(64, 64, 4 if width <= 128 else 8, 3, 1),
-            PagedConfig(64, 32, 4 if width <= 128 else 8, 2, 1),
-        ]
+        candidates = [PagedConfig(64, 64, 4, 3), PagedConfig(64, 32, 4, 2)]
     return _first_that_fits(candidates, head_dim, capability)
 
 
 def _tiles_config(head_dim: int, capability: tuple[int, int]) -> PagedConfig:
     wide = padded_dim(head_dim) > 128
     if capability[0] == 9:
-        candidates = [PagedConfig(128, 64, 8, 3), PagedConfig(128, 64, 8, 2)]
+        # 256 columns with a branch around the mask: four registers spill with Triton 3.6.
+        candidates = [PagedConfig(128, 64, 8, 2, branch=False) if wide else PagedConfig(128, 64, 8, 3, ahead=True)]
     elif capability[0] == 10:
         candidates = [PagedConfig(64, 64, 8, 2)] if wide else [PagedConfig(128, 64, 8, 3)]
     elif wide:
