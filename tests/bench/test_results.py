@@ -1,8 +1,6 @@
 import json
 import math
 import os
-import stat
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,7 +19,6 @@ from mlakit.bench.results import (
     Session,
     Status,
     TimingRow,
-    write_atomically,
 )
 
 
@@ -245,33 +242,6 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, step, failur
             record.model_copy(update={"rows": []}).save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]  # and nothing half-written beside it
-
-
-def test_a_reader_never_sees_half(tmp_path, monkeypatch):
-    path = tmp_path / "r.txt"
-    write_atomically(path, "old")
-    seen = []
-    real = os.replace
-
-    def watched(source, target):
-        seen.append((Path(source).read_text(), path.read_text()))
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", watched)
-    write_atomically(path, "new" * 10_000)
-    assert seen == [("new" * 10_000, "old")]  # whole beside the old one, then in its place
-    assert path.read_text() == "new" * 10_000
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_permissions_follow_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_atomically(tmp_path / "r.txt", "x")
-        assert os.umask(umask) == umask  # reading the umask must not change it
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "r.txt").stat().st_mode) == 0o666 & ~umask
 
 
 def test_infinite_errors_become_null(tmp_path):

@@ -108,7 +108,12 @@ def test_a_new_run_keeps_the_earlier_record(tmp_path):
 
 def test_a_study_that_is_run_as_a_module_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["/somewhere/mlakit/studies/k_concat.py", "--dims", "2,8,4"])
-    with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "r.json"):
+    path = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt), resumable(path):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted before anything was done\n"  # there is no record to go on with
+    path.write_text("{}")
+    with pytest.raises(KeyboardInterrupt), resumable(path):
         raise KeyboardInterrupt
     assert capsys.readouterr().err.endswith("To go on: python -m mlakit.studies.k_concat --dims 2,8,4 --resume\n")
     with pytest.raises(KeyboardInterrupt), resumable(None):

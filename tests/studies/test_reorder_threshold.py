@@ -141,7 +141,7 @@ def test_an_interrupt_keeps_what_there_is(monkeypatch, capsys, tmp_path):
 
     measured = fake_rows(monkeypatch, outcome)
     assert main([*STUDY, "--batch-sizes", "1"]) == 130
-    assert "interrupted with 4 rows done; they are in r.json" in capsys.readouterr().err
+    assert "interrupted; what is done is in r.json. To go on: " in capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["complete"] is False
 
 

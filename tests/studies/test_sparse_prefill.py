@@ -247,7 +247,7 @@ def test_flash_mla_is_found_or_not_with_a_reason(monkeypatch):
         (["--heads", "many"], "--heads: expected a whole number of at least 1, got 'many'"),
         (["--device", "gpu"], "--device: expected cuda:0, cpu or auto, got 'gpu'"),
         (["--rep", "0"], "--rep: expected a whole number of at least 1, got '0'"),
-        (["--output-csv", "/no/such/folder/x.csv"], "no folder '/no/such/folder' to write 'x.csv' into"),
+        (["--output-csv", "/proc/x.csv"], "--output-csv: cannot write into '/proc'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):

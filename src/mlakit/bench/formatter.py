@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mlakit.bench.results import BenchmarkResult, Record, write_atomically
+from mlakit.bench.files import write_atomically
+from mlakit.bench.results import BenchmarkResult, Record
 from mlakit.bench.table import make_console, print_table
 
 

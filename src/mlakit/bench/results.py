@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mlakit.bench.config import RECORDED, BenchmarkConfig
+from mlakit.bench.files import write_atomically
 
 SCHEMA: Literal["mlakit.bench/1"] = "mlakit.bench/1"
 
@@ -241,21 +240,3 @@ class Record(_Model):
             detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": repr(error)}
             where = ".".join(map(str, detail["loc"]))
             raise ValueError(f"{path}: malformed record: {where}: {detail['msg']}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step, creating its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

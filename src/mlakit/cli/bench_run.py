@@ -4,13 +4,13 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from mlakit.bench import config_file
 from mlakit.bench.crossover import find_curves, recommend_thresholds
 from mlakit.bench.executor import Executor
+from mlakit.bench.files import RUNS, output_file, output_folder, run_folder
 from mlakit.bench.formatter import ResultsFormatter
 from mlakit.bench.plan import Plan, make_plan, planned_dtypes, settings_for
 from mlakit.bench.progress import Progress
@@ -21,8 +21,6 @@ from mlakit.bench.table import make_console
 from mlakit.bench.units import rate
 from mlakit.report.load import load_record
 from mlakit.report.plots import plot_times
-
-RUNS = Path("mlakit-runs")
 
 
 def execute(
@@ -63,11 +61,9 @@ def execute(
         except KeyboardInterrupt:
             done = len(plan.rows) - len(run.missing())
             again = shlex.join(["mlakit", *command, *([] if resume else ["--resume"])])
+            kept = f"they are in {paths.json}. To go on: {again}" if done else "nothing is saved"
             # With --quiet too: it is what to do now.
-            print(
-                f"interrupted with {done} of {len(plan.rows)} rows done; they are in {paths.json}. To go on: {again}",
-                file=sys.stderr,
-            )
+            print(f"interrupted with {done} of {len(plan.rows)} rows done; {kept}", file=sys.stderr)
             raise
     return _show(record, plan, paths, err if not quiet else None)
 
@@ -77,14 +73,15 @@ class _Paths:
 
     def __init__(self, plan: Plan, resume: bool) -> None:
         told = {kind: Path(path) for kind, path in plan.output.items() if path}
-        folder = (_latest(plan) if resume else None) or RUNS / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        for kind, path in told.items():
+            output_file(path, f"--output-{kind}")
+        if len({path.resolve() for path in told.values()}) < len(told):
+            raise ValueError(f"expected a file for each output, got {', '.join(map(str, told.values()))}")
+        folder = (_latest(plan) if resume else None) or run_folder(plan.name)
         self.json = told.get("json") or folder / "record.json"
         # Naming any file means: these, and the record that makes resuming possible. Naming none: all of them.
         self.csv = told.get("csv") or (None if told else folder / "results.csv")
         self.plot = told.get("plot") or (None if told else folder / "times.png")
-        for path in filter(None, (self.json, self.csv, self.plot)):
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder; expected a file to write to")
 
 
 def _latest(plan: Plan) -> Path | None:
@@ -111,6 +108,7 @@ def _open_record(
         executor=executor,
         sessions=[session],
     )
+    output_folder(paths.json.parent, "", "the record")  # before anything is measured that could not be kept
     record = open_record(paths.json, fresh, resume=resume)
     record.planned = len({row.key for row in plan.rows} | {row.config.key for row in record.rows})
     return record

@@ -5,11 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlakit.bench import config_file
+from mlakit.bench.files import output_file, output_folder
 from mlakit.bench.plan import make_plan, planned_dtypes, settings_for
 from mlakit.bench.progress import Progress
 from mlakit.bench.table import make_console
@@ -21,8 +21,6 @@ from mlakit.report.compare_rounds import ROUNDS, Rounds, Side
 from mlakit.report.compare_show import print_comparison, regression_lines, save
 from mlakit.report.compare_worktree import checked_out
 from mlakit.report.load import load_record, load_records
-
-RUNS = Path("mlakit-runs")
 
 
 class _Options:
@@ -38,9 +36,8 @@ class _Options:
         self.json: Path | None = args.output_json
         self.csv: Path | None = args.output_csv
         self.quiet: bool = args.quiet
-        for flag, path in (("--output-json", self.json), ("--output-csv", self.csv)):
-            if path is not None and path.is_dir():
-                raise ValueError(f"{flag}: {str(path)!r} is a folder; expected a file to write to")
+        output_file(self.json, "--output-json")
+        output_file(self.csv, "--output-csv")
 
 
 def of_records(args: argparse.Namespace) -> int:
@@ -70,7 +67,6 @@ def of_revisions(args: argparse.Namespace, flags: dict[str, Any], command: Seque
     loaded = config_file.load(args.config) if args.config else None
     dtypes = planned_dtypes(loaded, flags)
     wanted = flags.get("benchmark", {}).get("device") or (loaded.content.benchmark.device if loaded else None) or "auto"
-    paths = [RUNS / f"compare-{datetime.now():%Y%m%d-%H%M%S}" / name for name in ("before.json", "after.json")]
     progress = Progress(make_console(stderr=True), quiet=options.quiet)
     with ExitStack() as stack:
         revision = stack.enter_context(checked_out(args.worktree))
@@ -80,6 +76,8 @@ def of_revisions(args: argparse.Namespace, flags: dict[str, Any], command: Seque
         device = after.probe(wanted, dtypes, progress.stage)
         plan = make_plan(settings_for(loaded, flags, cpu=device == "cpu"), device)
         before.probe(device, {row.dtype for row in plan.rows}, progress.stage)
+        folder = output_folder(None, "compare", "the records")
+        paths = [folder / name for name in ("before.json", "after.json")]
         full_command = ["mlakit", *command]
         records = (before.new_record(full_command, len(plan.rows)), after.new_record(full_command, len(plan.rows)))
         run = Rounds((before, after), records, plan.rows, rounds)

@@ -93,9 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(args: argparse.Namespace, records: Sequence[Any], output: Path) -> None:
-    from mlakit.bench.results import write_atomically
+    from mlakit.bench.files import output_file, write_atomically
     from mlakit.report.html import render_html
-    from mlakit.studies.command import output_file
 
     if output.suffix == ".json":
         raise ValueError(f"-o: {str(output)!r} would be taken for a record; expected a page, such as report.html")
@@ -109,8 +108,8 @@ def _page(args: argparse.Namespace, records: Sequence[Any], output: Path) -> Non
 
 
 def _plots(args: argparse.Namespace, records: Sequence[Any]) -> None:
+    from mlakit.bench.files import output_folder
     from mlakit.report.plots import write_plots
-    from mlakit.studies.command import output_folder
 
     folder = output_folder(args.plot, "", "--plot")
     for path in write_plots(records, folder, baseline=args.baseline):

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mlakit.bench.results import write_atomically
+from mlakit.bench.files import write_atomically
 from mlakit.report.grid import Shown, TableOptions
 from mlakit.report.load import Value, load_records
 from mlakit.report.markdown import markdown_report

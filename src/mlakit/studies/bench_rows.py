@@ -11,10 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from mlakit.bench.config import DEFAULT_MLA_MODEL, BenchmarkConfig, infer_attention
+from mlakit.bench.files import output_file, output_folder
 from mlakit.bench.results import BenchmarkResult, Record
 from mlakit.bench.runner import Device, Meter, new_session, probe
 from mlakit.bench.units import rate
 from mlakit.dims import MLADims, preset
+from mlakit.studies.checkpoint import resumable
 from mlakit.studies.row_flags import REPEATS
 
 _DTYPES = {"cpu": "fp32", "cuda": "bf16"}  # as in `bench`: what each computes fastest
@@ -87,7 +89,6 @@ def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any =
     from mlakit.bench.progress import Progress
     from mlakit.bench.record_file import open_record
     from mlakit.bench.table import make_console
-    from mlakit.studies.command import output_file, output_folder
 
     if args.resume and not args.output_json:
         raise ValueError("--resume needs --output-json: the record to go on with")
@@ -123,12 +124,8 @@ def open_rows(args: argparse.Namespace, name: str, description: str, mode: Any =
             compute = rate(ceilings["flops_per_s"], "FLOP/s")
             progress.say(f"{name}: {rows.title}; measured ceilings {rate(memory, 'B/s')}, {compute}")
         progress.expect(0)
-        try:
-            with rows.meter:
-                yield rows
-        except KeyboardInterrupt:
-            progress.say(f"interrupted with {len(record.rows)} rows done; they are in {path} (go on with --resume)")
-            raise
+        with resumable(path, () if args.output_json else ("--output-json", str(path))), rows.meter:
+            yield rows
     if not args.quiet:
         print(f"saved: record {path}", file=sys.stderr)
 

@@ -101,6 +101,8 @@ def resumable(path: Path | None, flags: Sequence[str] = (), *, other: str = "--o
     except KeyboardInterrupt:
         if path is None:
             print(f"interrupted; nothing is saved, as {other} was not given", file=sys.stderr)
+        elif not path.exists():
+            print("interrupted before anything was done", file=sys.stderr)
         else:
             called = Path(sys.argv[0])
             command = (

@@ -1,41 +1,10 @@
-"""What a study does as a command: its parser and exit codes, a folder for its files, a bar while it runs."""
+"""What a study does as a command: its parser and exit codes, a bar while it runs."""
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
 from typing import NoReturn
-
-RUNS = Path("mlakit-runs")
-
-
-def output_folder(path: Path | None, study: str, flag: str) -> Path:
-    """The folder to write into, made if need be: as told, else a new one under `mlakit-runs`.
-
-    Raises:
-        ValueError: it cannot be made or is a file.
-    """
-    folder = path or RUNS / f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag}: cannot make the folder {str(folder)!r}: {error.strerror or error}") from None
-    return folder
-
-
-def output_file(path: Path | None, flag: str) -> Path | None:
-    """The file to write, with its folder made if need be.
-
-    Raises:
-        ValueError: it is a folder, or its folder cannot be made.
-    """
-    if path is not None and path.is_dir():
-        raise ValueError(f"{flag}: {str(path)!r} is a folder; expected a file to write to")
-    if path is not None:
-        output_folder(path.parent, "", flag)
-    return path
 
 
 class _Parser(argparse.ArgumentParser):

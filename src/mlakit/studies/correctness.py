@@ -16,8 +16,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.bench.files import output_file, output_folder
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
-from mlakit.studies.command import output_file, output_folder, progress, run_study
+from mlakit.studies.command import progress, run_study
 from mlakit.studies.correctness_report import FLOAT64, Pair, Run, pairs_csv, runs_csv, size_table, verdict
 from mlakit.studies.layer_options import (
     Options,
@@ -253,7 +254,7 @@ def save(
     record_path: Path, prefix: Path, record: dict[str, Any], runs: Sequence[Run], pairs: Sequence[Pair]
 ) -> list[Path]:
     """Write the record and both tables as they are so far, each in one step."""
-    from mlakit.bench.results import write_atomically
+    from mlakit.bench.files import write_atomically
 
     record |= {"rows": [asdict(run) for run in runs], "pairs": [pair.as_json() for pair in pairs]}
     contents = {

@@ -17,8 +17,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.bench.files import output_file
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
-from mlakit.studies.command import output_file, progress, run_study
+from mlakit.studies.command import progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
 from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
 
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     batch = whole("--batch-size", args.batch_size or (BATCH_SIZE if options.is_cuda else CPU_BATCH_SIZE), 1)
     lengths = whole_numbers("--seq-lengths", args.seq_lengths or SEQ_LENGTHS)
     make = parse_baseline(args.baseline)
-    from mlakit.bench.results import write_atomically
+    from mlakit.bench.files import write_atomically
     from mlakit.hardware import device_info
     from mlakit.studies.cpu_threads import steady_threads
     from mlakit.studies.layer_steps import Layers, stamp

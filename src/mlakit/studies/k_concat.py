@@ -148,14 +148,13 @@ def run(args: argparse.Namespace) -> int:
     """
     options = parse_options(args)
     from mlakit.bench.environment import describe_environment
+    from mlakit.bench.files import output_file, write_atomically
     from mlakit.bench.limits import gpu_ceilings
-    from mlakit.bench.results import write_atomically
     from mlakit.bench.units import rate
     from mlakit.hardware import device_info
 
-    for path in (args.output_json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
+    output_file(args.output_json, "--output-json")
+    output_file(args.plot, "--plot")
     kept = read_earlier(args.output_json, SCHEMA, resume=args.resume, flag="--output-json")
     info = device_info(options.device)
     ceilings = gpu_ceilings(options.device)

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlakit.bench.files import output_file, output_folder
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
-from mlakit.studies.command import output_file, output_folder, progress, run_study
+from mlakit.studies.command import progress, run_study
 from mlakit.studies.layer_options import (
     Options,
     add_common_arguments,
@@ -270,7 +271,7 @@ def _notes(options: Options, sizes: Sizes, *, given: bool) -> list[str]:
 
 def save(record_path: Path, folder: Path, record: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
     """Write the record and the details as they are so far, each in one step."""
-    from mlakit.bench.results import write_atomically
+    from mlakit.bench.files import write_atomically
 
     record["rows"] = [row.as_json() for row in rows]
     paths = [record_path, folder / "details.csv"]

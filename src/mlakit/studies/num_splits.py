@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlakit.bench.files import output_file
 from mlakit.studies import row_flags
-from mlakit.studies.command import output_file, run_study
+from mlakit.studies.command import run_study
 
 if TYPE_CHECKING:
     from mlakit.bench.results import BenchmarkResult

@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlakit.studies.command import output_file, output_folder, run_study
+from mlakit.bench.files import output_file, output_folder
+from mlakit.studies.command import run_study
 from mlakit.studies.layer_options import whole
 from mlakit.studies.parallel_options import add_arguments as add_arguments
 from mlakit.studies.parallel_options import parse

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mlakit.bench.environment import describe_environment
+from mlakit.bench.files import write_atomically
 from mlakit.bench.limits import measure_ceilings
-from mlakit.bench.results import write_atomically
 from mlakit.bench.units import rate, seconds
 from mlakit.distributed.exchange import Messages
 from mlakit.distributed.group import Ranks, process_group
