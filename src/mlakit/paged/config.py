@@ -92,13 +92,16 @@ def choose_kernels(
 
 
 def _split_config(rows: int, head_dim: int, capability: tuple[int, int]) -> PagedConfig:
+    # None of these spills registers, whatever the page size (Triton 3.6).
     resident = 2 if shared_limit(capability) > 200 * 1024 else 1
     if rows <= 16:
         candidates = [PagedConfig(16, 64, 4, 3, resident), PagedConfig(16, 32, 4, 3)]
-    elif rows <= 32 or padded_dim(head_dim) > 128:  # with rows of 64 two registers spill at 256 columns
+    elif padded_dim(head_dim) > 128:
+        candidates = [PagedConfig(32, 64, 8, 2), PagedConfig(32, 32, 8, 2)]
+    elif rows <= 32:
         candidates = [PagedConfig(32, 64, 4, 3, resident), PagedConfig(32, 32, 4, 3)]
     else:
-        candidates = [PagedConfig(64, 64, 4, 3), PagedConfig(64, 32, 4, 2)]
+        candidates = [PagedConfig(64, 64, 4 if capability[0] == 9 else 8, 3), PagedConfig(32, 32, 4, 3)]
     return _first_that_fits(candidates, head_dim, capability)
 
 
