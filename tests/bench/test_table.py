@@ -294,3 +294,18 @@ def test_stderr_is_told_apart(connect):
     out, err = connect(Terminal()), connect(io.StringIO(), "stderr")
     make_console(stderr=True).print("progress")
     assert (err.getvalue(), out.getvalue()) == ("progress\n", "")
+
+
+def test_a_reason_is_told_once():
+    """Of several backends and batches together, where both have all of it; a reason of one row alone."""
+    specs = ("q1s1k", "q1s2k", "q4s1k")
+    same: dict[str, Any] = {"median": None, "status": "unavailable", "error": "no GPU"}
+    rows = [row(backend, spec, **same) for spec in specs for backend in ("flashmla", "flex")]
+    rows += [row("sdpa", spec, **same) for spec in specs[:2]] + [row("sdpa", specs[2], median=None)]
+    assert shown(rows).splitlines()[-3:] == [
+        "flashmla, flex on q1s1k, q1s2k, q4s1k: not available: no GPU",
+        "sdpa on q1s1k, q1s2k: not available: no GPU",
+        "sdpa on q4s1k: failed: why it failed",
+    ]
+    many = [row("sdpa", f"q1s{length}", **same) for length in range(1, 9)]
+    assert shown(many).splitlines()[-1] == "sdpa on q1s1, q1s2, q1s3, q1s4 and 4 others: not available: no GPU"

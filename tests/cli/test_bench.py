@@ -183,7 +183,10 @@ SWEEP = ("--sweep-param", "reorder_batch_threshold")
         (["--repeats", "0", *ONE], ["repeats", "got 0"]),
         (["--repeats", "many"], ["--repeats", "'many'"]),
         (["--l2", "warm"], ["--l2", "'warm'"]),
-        (["--batch-spec", "q1s1k"], ["unrecognized arguments: --batch-spec"]),
+        (
+            ["--batch-spec", "q1s1k"],
+            ["unrecognized arguments: --batch-spec", "did you mean --batch-specs?", "mlakit bench --help"],
+        ),
         ([*ONE, "--resume", "--device", "cpu"], ["nothing to resume"]),
     ],
 )
@@ -200,6 +203,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
         assert word in lines[0]
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []  # and nothing was left behind
+    # What was given is said once, in the message itself or behind it.
+    assert all(lines[0].count(repr(word)) <= 1 for word in arguments)
 
 
 # A driver that raises, one that kills the process, one that never answers; in every command that asks a device.

@@ -1,6 +1,6 @@
 """The table at the end of a run. It fits the terminal by leaving out what matters least; a pipe gets all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -129,9 +129,7 @@ def _columns(rows: Sequence[BenchmarkResult], relative: bool) -> list[_Column]:
 def print_table(
     console: Console, rows: Sequence[BenchmarkResult], *, relative: bool = True, title: str | None = None
 ) -> None:
-    """Print rows grouped by batch, the fastest of each in bold, and below it the full reason of each row without a
-    time.
-    """
+    """Print rows grouped by batch, the fastest of each in bold, and below it the reasons why rows have no time."""
     batches = [_Batch(group) for group in group_rows(rows)]
     columns = _columns(rows, relative)
     cells = [[[column.cell(row, batch) for column in columns] for row in batch.rows] for batch in batches]
@@ -152,11 +150,19 @@ def print_table(
 
 
 def print_reasons(console: Console, rows: Sequence[BenchmarkResult]) -> None:
-    """One line for each row that has no time, with its reason."""
-    for row in rows:
-        if not row.success:
-            reason = f"{row.config.title} on {row.config.batch_title}: {STATUS_WORDS[row.status]}: {row.error}"
-            console.print(Text(reason, style="yellow"), soft_wrap=not console.is_terminal)
+    """A line for each reason why rows have no time, with the backends and batches that have it."""
+    for same in grouped((row for row in rows if not row.success), lambda row: (row.status, row.error)):
+        of_each = grouped(same, lambda row: row.config.title)
+        batches = {rows[0].config.title: _names(row.config.batch_title for row in rows) for rows in of_each}
+        for titles in grouped(batches, batches.__getitem__):
+            what = f"{_names(titles)} on {batches[titles[0]]}: {STATUS_WORDS[same[0].status]}: {same[0].error}"
+            console.print(Text(what, style="yellow"), soft_wrap=not console.is_terminal)
+
+
+def _names(names: Iterable[str]) -> str:
+    """All of them, or of many the first ones: the table above has the others."""
+    listed = list(dict.fromkeys(names))
+    return ", ".join(listed) if len(listed) <= 5 else f"{', '.join(listed[:4])} and {len(listed) - 4} others"
 
 
 def _fit(columns: Sequence[_Column], lines: Sequence[Sequence[str]], width: int) -> list[int]:

@@ -2,6 +2,7 @@
 """The command's entry: parses arguments, runs a subcommand, turns errors of the user's into one line."""
 
 import argparse
+import difflib
 import os
 import shutil
 import sys
@@ -33,6 +34,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Help, **kwargs})
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, but for flags that are not there: argparse leaves them to the parser of the whole command,
+        which knows neither this one's help nor its flags.
+        """
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake; argparse would print the whole usage first."""
@@ -104,4 +117,9 @@ def _message(error: ValueError) -> str:
     first = errors()[0]  # pydantic's: several lines, with a link
     name = ".".join(str(part) for part in first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message}, got {first['input']!r}" if name else message
+    if not name:
+        return message
+    given = first["input"]
+    if isinstance(given, str) and any(quoted in message for quoted in (repr(given), f'"{given}"')):
+        return f"{name}: {message}"  # one of ours, which says it
+    return f"{name}: {message}, got {given!r}"
