@@ -26,13 +26,13 @@ from mlakit.decode.hopper_parts import (
     _copy_tile,
     _fetch_into_l2,
     _fetch_table,
-    _merge,
     _row_at,
     _same_for_warp,
     _tile_rows,
     _uniform,
     _zero_tail,
 )
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces
 from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _piece_of_one, _share_out, _share_out_one
 
 
@@ -240,20 +240,10 @@ def _mla_decode_few_kernel(
                 _barrier()
         before += steps
 
-    # Requests without keys: nobody's pieces.
-    for other in range(slot, batch, slots):
-        request = slot * 0 + other  # a tensor, also to the type checker
-        length = gl.load(seq_lens_ptr + request)
-        if gl.minimum(length, capacity) <= 0:
-            at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
-            result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
-            nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
-            zeros = gl.zeros([BLOCK_R, 256], DTYPE, plain) + nothing
-            gl.store(result, zeros, mask=(out_row < rows)[:, None])
-            gl.store(result + 256, zeros, mask=(out_row < rows)[:, None])
-            nothing = gl.where(length > capacity, float("nan"), -float("inf"))
-            nothing += gl.zeros([BLOCK_R], gl.float32, of_row)
-            gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+    _answer_without_keys(
+        seq_lens_ptr, out_ptr, lse_ptr, slot, slots, batch, capacity, slot * 0, rows, heads, stride_ob, stride_os,
+        stride_oh, BLOCK_R, 256, plain, of_row, FLAT,
+    )  # fmt: skip
 
     # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
     before = start_before
@@ -270,41 +260,8 @@ def _mla_decode_few_kernel(
             _await(counter_ptr + request)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
-            too_long = length > capacity
-            tile = slot * 0
-            if count <= 2:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 4:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 8:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 16:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 32:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 64:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            else:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, 1, rows,
-                    heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, False, FLAT,
-                )  # fmt: skip
+            _merge_pieces(
+                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, slot * 0, 1, rows,
+                heads, stride_os, stride_oh, length > capacity, 0, 512, BLOCK_R, FLAT,
+            )  # fmt: skip
         before += steps

@@ -28,12 +28,12 @@ from mlakit.decode.hopper_parts import (
     _await,
     _barrier,
     _fetch_into_l2,
-    _merge,
     _row_at,
     _same_for_warp,
     _tile_rows,
     _uniform,
 )
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces
 from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
 
 
@@ -315,22 +315,11 @@ def _attend(
                 _barrier()
         before += steps
 
-    # Requests without keys: nobody's pieces.
     if W == 1:
-        for other in range(slot, batch, slots):
-            request = slot * 0 + other  # a tensor, also to the type checker
-            length = gl.load(seq_lens_ptr + request)
-            if gl.minimum(length, capacity) <= 0:
-                row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
-                col = gl.arange(0, 512, gl.SliceLayout(0, plain))
-                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
-                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + col[None, :]
-                nothing = gl.where(length > capacity, float("nan"), 0.0).to(DTYPE)
-                gl.store(result, gl.zeros([64, 512], DTYPE, plain) + nothing, mask=(row < rows)[:, None])
-                row = tile * 64 + local
-                nothing = gl.where(length > capacity, float("nan"), -float("inf"))
-                nothing += gl.zeros([64], gl.float32, of_row)
-                gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+        _answer_without_keys(
+            seq_lens_ptr, out_ptr, lse_ptr, slot, slots, batch, capacity, tile, rows, heads, stride_ob, stride_os,
+            stride_oh, 64, 512, plain, of_row, FLAT,
+        )  # fmt: skip
 
     # Pieces of a request are merged by the programs that computed them, each some rows.
     before = start_before
@@ -343,32 +332,10 @@ def _attend(
             _await(counter_ptr + request * row_tiles + own_tile)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
-            too_long = length > capacity
-            if count <= 2:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 2, 16, 256, 64, True, FLAT,
-                )  # fmt: skip
-            elif count <= 4:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 4, 8, 256, 64, True, FLAT,
-                )  # fmt: skip
-            elif count <= 8:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 8, 4, 256, 64, True, FLAT,
-                )  # fmt: skip
-            elif count <= 16:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 16, 2, 256, 64, True, FLAT,
-                )  # fmt: skip
-            else:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, W * 256, 256, 32, 1, 256, 64, False, FLAT,
-                )  # fmt: skip
+            _merge_pieces(
+                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
+                rows, heads, stride_os, stride_oh, length > capacity, W * 256, 256, 64, FLAT,
+            )  # fmt: skip
         before += steps
 
 

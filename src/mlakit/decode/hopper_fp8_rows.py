@@ -22,17 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mlakit.decode.hopper_fp8_parts import _add_halves, _finite, _largest, _words, _zero_tail
 from mlakit.decode.hopper_parts import (
-    _arrive,
     _await,
     _barrier,
     _fetch_into_l2,
-    _merge,
-    _row_at,
     _same_for_warp,
     _tile_rows,
     _uniform,
 )
-from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces, _store_rows
+from mlakit.decode.hopper_schedule import _load_lens, _piece, _share_out, _share_out_one
 
 # Weights are 2^10 at the maximum, so that few of them are subnormal in float16.
 BASE = gl.constexpr(10.0)
@@ -140,7 +138,6 @@ def _mla_decode_rows_kernel(
     CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    LN2: gl.constexpr = 0.6931471805599453
     codes: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -317,34 +314,17 @@ def _mla_decode_rows_kernel(
             ).index(0)
             o_all = wide_out.load(plain)
             fence_async_shared()
-            live = (out_row < rows)[:, None]
-            if count > 1:
-                place = _partial_at(base, number, aligned) * row_tiles + tile
-                part = partial_ptr + place.to(gl.int64) * (BLOCK_R * 512) + (out_local * 512)[:, None]
-                gl.store(part + out_col[None, :], o_all, mask=live)
-                gl.store(partial_lse_ptr + place * BLOCK_R + (row - tile * BLOCK_R), lse)
-                _arrive(counter_ptr + request * row_tiles + tile, number == 0, count)
-            else:
-                at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
-                result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
-                gl.store(result, o_all, mask=live)
-                natural = gl.where(length > capacity, float("nan"), lse * LN2)
-                gl.store(lse_ptr + request.to(gl.int64) * rows + row, natural, mask=row < rows)
-                _barrier()
+            _store_rows(
+                o_all, lse, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr, request, length, capacity,
+                number, count, base, aligned, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh, out_local,
+                out_row, out_col, row, BLOCK_R, FLAT,
+            )  # fmt: skip
         before += steps
 
-    # Requests without keys: nobody's pieces.
-    for other in range(slot, batch, slots):
-        request = slot * 0 + other  # a tensor, also to the type checker
-        length = gl.load(seq_lens_ptr + request)
-        if gl.minimum(length, capacity) <= 0:
-            at_row = _row_at(out_row, heads, stride_os, stride_oh, FLAT)
-            result = out_ptr + request.to(gl.int64) * stride_ob + at_row[:, None] + out_col[None, :]
-            nothing = gl.where(length > capacity, float("nan"), 0.0).to(gl.bfloat16)
-            gl.store(result, gl.zeros([BLOCK_R, 512], gl.bfloat16, plain) + nothing, mask=(out_row < rows)[:, None])
-            nothing = gl.where(length > capacity, float("nan"), -float("inf"))
-            nothing += gl.zeros([BLOCK_R], gl.float32, of_row)
-            gl.store(lse_ptr + request.to(gl.int64) * rows + row, nothing, mask=row < rows)
+    _answer_without_keys(
+        seq_lens_ptr, out_ptr, lse_ptr, slot, slots, batch, capacity, tile, rows, heads, stride_ob, stride_os,
+        stride_oh, BLOCK_R, 512, plain, of_row, FLAT,
+    )  # fmt: skip
 
     # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
     before = start_before
@@ -356,40 +336,8 @@ def _mla_decode_rows_kernel(
             _await(counter_ptr + request * row_tiles + tile)
             result = out_ptr + request.to(gl.int64) * stride_ob
             result_lse = lse_ptr + request.to(gl.int64) * rows
-            too_long = length > capacity
-            if count <= 2:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 2, 8, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 4:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 4, 4, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 8:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 8, 2, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 16:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 16, 1, 512, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 32:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 32, 1, 256, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            elif count <= 64:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 64, 1, 128, BLOCK_R, True, FLAT,
-                )  # fmt: skip
-            else:
-                _merge(
-                    partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles,
-                    rows, heads, stride_os, stride_oh, too_long, 0, 512, 128, 1, 64, BLOCK_R, False, FLAT,
-                )  # fmt: skip
+            _merge_pieces(
+                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles, rows,
+                heads, stride_os, stride_oh, length > capacity, 0, 512, BLOCK_R, FLAT,
+            )  # fmt: skip
         before += steps
