@@ -141,6 +141,26 @@ def test_large_and_whole_scores():
     check(args, out, lse, True, 0.25)
 
 
+# Weights are computed by a maximum that may be old: scores that grow by a hundred within a sequence, towards the last
+# keys, which are read first, and away from them; one key alone that outdoes all others; rows without any key.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("growth", ["first", "last", "one"])
+@pytest.mark.parametrize(("q_lens", "k_lens"), [([1500], [1900]), ([300, 70], [100, 1000])])
+def test_scores_that_outgrow_those_before(dtype, growth, q_lens, k_lens):
+    args = inputs(q_lens, k_lens, 4, 2, apart=False, dtype=dtype, padding=3)
+    keys = sum(k_lens)
+    ramp = torch.linspace(0, 1, keys, device="cuda")
+    factors = {"first": 20 * (1 - ramp) ** 3, "last": 20 * ramp**3, "one": torch.ones_like(ramp)}[growth]
+    if growth == "one":
+        factors[[3, k_lens[0] - 40]] = 20
+    args["k"][:keys] *= factors[:, None, None].to(dtype)
+    for causal in (True, False):
+        out, lse = mla_prefill(**args, softmax_scale=192**-0.5, causal=causal, impl="hopper")
+        check(args, out, lse, causal, 192**-0.5)
+        again, _ = mla_prefill(**args, softmax_scale=192**-0.5, causal=causal, impl="hopper")
+        assert torch.equal(again, out)
+
+
 def test_another_sequence_does_not_matter():
     # A neighbour full of NaN: what lies past a sequence's end is loaded in whole tiles, but never used.
     args = inputs([100, 77, 90], [200, 77, 150], 2, 2)

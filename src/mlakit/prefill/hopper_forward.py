@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlakit.prefill.hopper_producer import BLOCKS, HEAD, K_LEN, LIMIT, ROW, ROWS, SLOTS, WORK_FIELDS, get, produce
+from mlakit.prefill.hopper_softmax import mask_block, narrowed, of_rows, softmax_block, widened
 
 
 @gluon.constexpr_function
@@ -57,33 +58,19 @@ def _scores(q0, q1, k0, k1, BLOCK_N: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
-def _mask(s, limit, first, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    return gl.where(cols[None, :] < (limit - first)[:, None], s, -float("inf"))
-
-
-@gluon.jit
-def _row_max(s):
-    """The maximum of each row. Pairs first: what a thread holds, one after the other, is a chain of 32 instructions."""
-    rows: gl.constexpr = s.shape[0]
-    half = s
-    for level in gl.static_range(s.shape[1].bit_length() - 4):
-        lower, upper = gl.split(gl.permute(gl.reshape(half, [rows, 2, s.shape[1] >> (level + 1)]), (0, 2, 1)))
-        half = gl.maximum(lower, upper)
-    return gl.convert_layout(gl.max(half, 1), gl.SliceLayout(1, s.type.layout))
-
-
-@gluon.jit
-def _softmax(s, o, m, l, scale_log2, DTYPE: gl.constexpr, P_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """A block's weights, what came before scaled to them, the new running maximum (in units of log2) and sum."""
-    m_new = gl.maximum(m, _row_max(s) * scale_log2)
-    # A row that has seen no key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
-    shift = gl.where(m_new == -float("inf"), 0.0, m_new)
-    weights = gl.exp2(s * scale_log2 - shift[:, None])
-    alpha = gl.exp2(m - shift)
-    l = l * alpha + gl.sum(weights, 1)
-    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    return gl.convert_layout(weights.to(DTYPE), P_LAYOUT), o, m_new, l
+def _limits(
+    work_s, slot, WHO: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where each row's keys end, and how many blocks every row sees wholly."""
+    k_len = get(work_s, slot, K_LEN)
+    if CAUSAL:
+        first = get(work_s, slot, LIMIT) + WHO * 64
+        limit = gl.minimum(first + gl.arange(0, 64, LAYOUT), k_len)
+        plain = gl.maximum(gl.minimum(first, k_len), 0) // BLOCK_N
+    else:
+        limit = gl.zeros([64], gl.int32, LAYOUT) + k_len
+        plain = k_len // BLOCK_N
+    return limit, plain
 
 
 @gluon.jit
@@ -100,6 +87,18 @@ def _clear_tail(v, left, BLOCK_N: gl.constexpr):
         rows = part * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
         piece.store(gl.where(rows[:, None] < left, values, 0.0))
     fence_async_shared()
+
+
+@gluon.jit
+def _softmax(
+    s, o, shift, total, scale_log2, DTYPE: gl.constexpr, FIRST: gl.constexpr, P_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """A block's weights as the left operand of a product, and what came before as it goes with them."""
+    S_LAYOUT: gl.constexpr = s.type.layout
+    wide = widened(o, s.shape[1], S_LAYOUT)
+    p, wide, shift, total = softmax_block(s, wide, shift, total, scale_log2, DTYPE, FIRST)
+    return gl.convert_layout(p, P_LAYOUT), narrowed(wide, o.shape[1], O_LAYOUT), shift, total
 
 
 @gluon.jit
@@ -136,13 +135,7 @@ def _consume(
     if WHO == 1:
         _give_turn(0)
     mbarrier.wait(w_full.index(0), 0)
-    row0 = get(work_s, 0, ROW) + WHO * 64
-    rows = get(work_s, 0, ROWS) - WHO * 64
-    head = get(work_s, 0, HEAD)
-    k_len = get(work_s, 0, K_LEN)
-    limit0 = get(work_s, 0, LIMIT) + WHO * 64
     blocks = get(work_s, 0, BLOCKS)
-    mbarrier.arrive(w_empty.index(0), count=1)
     # Where there is no tile at all, these are products of what shared memory happens to hold.
     mbarrier.wait(q_full.index(WHO), 0, pred=blocks > 0)
     mbarrier.wait(full.index(0), 0, pred=blocks > 0)
@@ -152,21 +145,18 @@ def _consume(
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(empty.index(0), count=1)
     while blocks > 0:
-        local = gl.arange(0, 64, row_layout)
-        if CAUSAL:
-            limit = gl.minimum(limit0 + local, k_len)
-            plain = gl.maximum(gl.minimum(limit0, k_len), 0) // BLOCK_N  # blocks that need no mask
-        else:
-            limit = gl.zeros([64], gl.int32, row_layout) + k_len
-            plain = k_len // BLOCK_N
+        slot = done % SLOTS
+        k_len = get(work_s, slot, K_LEN)
+        limit, plain = _limits(work_s, slot, WHO, CAUSAL, BLOCK_N, row_layout)
         left = k_len - (blocks - 1) * BLOCK_N
         o = gl.zeros([64, DV], gl.float32, o_layout)
-        m = gl.full([64], -float("inf"), gl.float32, row_layout)
-        l = gl.zeros([64], gl.float32, row_layout)
-        masked = gl.maximum(blocks - gl.maximum(plain, 1), 0)
+        shift = gl.full([64, BLOCK_N], float("inf"), gl.float32, s_layout)
+        total = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+        # The first of several blocks is one of these in any case: their maximum is taken before their weights.
+        masked = blocks - gl.maximum(gl.minimum(plain, blocks - 1), 1)
         for j in range(masked):
-            s = _mask(s, limit, (blocks - 1 - j) * BLOCK_N, BLOCK_N, s_layout)
-            p, o, m, l = _softmax(s, o, m, l, scale_log2, v_s.dtype, p_layout, o_layout)
+            s = mask_block(s, limit - (blocks - 1 - j) * BLOCK_N)
+            p, o, shift, total = _softmax(s, o, shift, total, scale_log2, v_s.dtype, True, p_layout, o_layout)
             loaded += 1
             stage = loaded % STAGES
             mbarrier.wait(full.index(stage), (loaded // STAGES) & 1)
@@ -174,20 +164,20 @@ def _consume(
                 _clear_tail(v_s.index(stage), left, BLOCK_N)
             o, s = _advance(p, o, q0, q1, k0_s, k1_s, v_s, full, empty, loaded, WHO, BLOCK_N, D1, STAGES, s_layout)
         for _ in range(masked, blocks - 1):
-            p, o, m, l = _softmax(s, o, m, l, scale_log2, v_s.dtype, p_layout, o_layout)
+            p, o, shift, total = _softmax(s, o, shift, total, scale_log2, v_s.dtype, False, p_layout, o_layout)
             loaded += 1
             mbarrier.wait(full.index(loaded % STAGES), (loaded // STAGES) & 1)
             o, s = _advance(p, o, q0, q1, k0_s, k1_s, v_s, full, empty, loaded, WHO, BLOCK_N, D1, STAGES, s_layout)
         mbarrier.arrive(q_empty.index(WHO), count=1)
         if plain == 0:
-            s = _mask(s, limit, 0, BLOCK_N, s_layout)
-        p, o, m, l = _softmax(s, o, m, l, scale_log2, v_s.dtype, p_layout, o_layout)
+            limit, _ = _limits(work_s, slot, WHO, CAUSAL, BLOCK_N, row_layout)  # again: registers are scarce
+            s = mask_block(s, limit)
+        p, o, shift, total = _softmax(s, o, shift, total, scale_log2, v_s.dtype, False, p_layout, o_layout)
 
         # The last step of this tile is the first of the next.
         done += 1
-        slot = done % SLOTS
-        mbarrier.wait(w_full.index(slot), (done // SLOTS) & 1)
-        next_blocks = get(work_s, slot, BLOCKS)
+        mbarrier.wait(w_full.index(done % SLOTS), (done // SLOTS) & 1)
+        next_blocks = get(work_s, done % SLOTS, BLOCKS)
         loaded += 1
         stage = loaded % STAGES
         mbarrier.wait(full.index(stage), (loaded // STAGES) & 1)
@@ -198,9 +188,16 @@ def _consume(
         o = warpgroup_mma(p, v_s.index(stage), o, is_async=True)
         s = _scores(q0, q1, k0_s.index(stage), k1_s.index(stage), BLOCK_N, D1, s_layout)
         _give_turn(1 - WHO)
+        l = gl.convert_layout(gl.sum(of_rows(total), 1), row_layout)
+        m = gl.convert_layout(gl.max(-of_rows(shift), 1), row_layout)
         none = l == 0.0
         inverse = gl.where(none, 0.0, 1.0 / l)
         lse = gl.where(none, -float("inf"), (m + gl.log2(l)) * 0.6931471805599453)
+        row0 = get(work_s, slot, ROW) + WHO * 64
+        rows = get(work_s, slot, ROWS) - WHO * 64
+        head = get(work_s, slot, HEAD)
+        mbarrier.arrive(w_empty.index(slot), count=1)
+        local = gl.arange(0, 64, row_layout)
         lse_base = lse_ptr + row0 * stride_lt + head
         gl.store(lse_base + local * stride_lt.to(gl.int32), lse, mask=local < rows)
         o = warpgroup_mma_wait((1 if D1 == 0 else 2), [o])
@@ -212,13 +209,7 @@ def _consume(
         gl.store(out_base + r[:, None] * stride_ot.to(gl.int32) + c[None, :], result, mask=r[:, None] < rows)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(empty.index(stage), count=1)
-        row0 = get(work_s, slot, ROW) + WHO * 64
-        rows = get(work_s, slot, ROWS) - WHO * 64
-        head = get(work_s, slot, HEAD)
-        k_len = get(work_s, slot, K_LEN)
-        limit0 = get(work_s, slot, LIMIT) + WHO * 64
         blocks = next_blocks
-        mbarrier.arrive(w_empty.index(slot), count=1)
     if WHO == 0:
         _await_turn(0)  # the other's last word to this one
 

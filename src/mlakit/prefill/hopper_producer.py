@@ -128,10 +128,10 @@ def produce(
                 if j == gl.maximum(blocks - 2, 0):
                     # As late as an answer, which takes a microsecond, is not waited for: who draws early holds a tile
                     # that others could begin sooner.
-                    ticket = gl.atomic_add(counter_ptr, 1)
+                    ticket = gl.atomic_add(counter_ptr, 1, sem="relaxed")
             done += 1
         else:
-            ticket = gl.atomic_add(counter_ptr, 1)
+            ticket = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         index = step + ticket
     # Every block has now drawn one ticket too many; the last to say so leaves the counters as it found them.
     finished = gl.atomic_add(counter_ptr + 1, 1)
