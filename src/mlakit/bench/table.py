@@ -153,7 +153,7 @@ def print_reasons(console: Console, rows: Sequence[BenchmarkResult]) -> None:
     """A line for each reason why rows have no time, with the backends and batches that have it."""
     for same in grouped((row for row in rows if not row.success), lambda row: (row.status, row.error)):
         of_each = grouped(same, lambda row: row.config.title)
-        batches = {rows[0].config.title: _names(row.config.batch_title for row in rows) for rows in of_each}
+        batches = {mine[0].config.title: _names(row.config.batch_title for row in mine) for mine in of_each}
         for titles in grouped(batches, batches.__getitem__):
             what = f"{_names(titles)} on {batches[titles[0]]}: {STATUS_WORDS[same[0].status]}: {same[0].error}"
             console.print(Text(what, style="yellow"), soft_wrap=not console.is_terminal)

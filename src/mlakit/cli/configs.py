@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("config", "batches", "what it measures"):
-        table.add_column(title, no_wrap=title == "config", justify="right" if title == "batches" else "left")
+        justify: Any = "right" if title == "batches" else "left"
+        table.add_column(title, no_wrap=title == "config", justify=justify, overflow="fold")
     for name in config_file.packaged():
         content = config_file.load(name).content
         table.add_row(name, str(len(content.specs())), content.description)

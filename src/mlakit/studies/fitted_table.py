@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlakit.bench.table import fit
+
 
 @dataclass(frozen=True)
 class Column:
@@ -23,9 +25,7 @@ def print_fitted(
 ) -> None:
     """Print lines of cells; `sections`: a rule where the first cell changes."""
     widths = [max(len(c.title), *(len(line[i]) for line in lines)) if lines else 0 for i, c in enumerate(columns)]
-    keep = list(range(len(columns)))
-    while sum(widths[i] + 3 for i in keep) - 3 > console.width and any(columns[i].keep for i in keep):
-        keep.remove(max(keep, key=lambda i: columns[i].keep))
+    keep = fit(widths, [column.keep for column in columns], console.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i in keep:
         table.add_column(columns[i].title, justify="right" if columns[i].right else "left", overflow="fold")
