@@ -82,12 +82,13 @@ def test_caches_that_are_no_matrix_are_refused() -> None:
 # The cache of 656 bytes a token: whatever the other caches are refused for, and rows of what sparse attention reads.
 def test_caches_with_scales_of_their_own() -> None:
     rows = torch.empty((3, 64, 656), dtype=torch.uint8)
-    for heads, q_len in ((1, 1), (16, 1), (32, 1), (4, 8)):
+    for heads, q_len in ((1, 1), (16, 1), (33, 1), (4, 8), (128, 8)):
         assert why(torch.empty((2, q_len, heads, 576), dtype=torch.bfloat16), rows) is None
     q, _ = inputs(heads=16)
     assert why(q.half(), rows) == "needs bfloat16 over a cache with scales of its own, got torch.float16"
-    for many in (inputs(heads=33)[0], torch.empty((2, 3, 11, 576), dtype=torch.bfloat16)):
-        assert why(many, rows) == "needs at most 32 query rows over a cache with scales of its own, got 33"
+    many = torch.empty((1, 33, 129, 576), dtype=q.dtype, device="meta")
+    assert why(many, rows, num_splits=1) is None
+    assert why(many, rows, num_splits=2) == "needs at most 4224 query rows a request where it is split, got 4257"
     assert why(q, rows[:, :48]) == "needs a page size that is a power of two and at least 16, got 48"
     assert "without gaps" in (why(q, torch.empty((3, 128, 656), dtype=torch.uint8)[:, :64]) or "")
     assert "aligned to 16 bytes" in (why(q, torch.empty((3, 64, 664), dtype=torch.uint8)[..., :656]) or "")
@@ -131,8 +132,7 @@ def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
     assert 0.8 * 132 * config.resident <= plan.programs <= 132 * config.resident
 
 
-# These for whatever they can take, the portable kernels for 16-bit queries over e4m3, for small pages, and for many
-# query rows over keys with scales of their own.
+# These for whatever they can take, the portable kernels for 16-bit queries over e4m3 and for small pages.
 @pytest.mark.parametrize(
     ("batch", "rows", "page_size", "dtype", "chosen"),
     [
@@ -143,7 +143,7 @@ def test_configurations(batch: int, rows: int, config: HopperConfig) -> None:
         (1, 16, 64, torch.uint8, "hopper"),
         (128, 32, 16, torch.uint8, "hopper"),
         (128, 16, 8, torch.uint8, "triton"),
-        (128, 33, 64, torch.uint8, "triton"),
+        (128, 128, 64, torch.uint8, "hopper"),
     ],
 )
 def test_what_is_taken_unasked(batch: int, rows: int, page_size: int, dtype: torch.dtype, chosen: str) -> None:

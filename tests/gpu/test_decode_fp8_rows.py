@@ -6,6 +6,7 @@ import torch
 from mlakit import which_impl
 from mlakit.cache import pack_fp8, unpack_fp8
 from mlakit.decode import mla_decode
+from mlakit.decode.all_slots import is_faster
 from mlakit.hardware import capability
 from mlakit.testing import count_poison, poison_
 from tests.gpu.test_decode_fp8 import LENS, SCALE, Inputs, check, decode, make
@@ -22,11 +23,14 @@ def make_rows(lens: list[int], q_len: int, heads: int, page_size: int = 64, spar
     )  # fmt: skip
 
 
-# Heads: idle rows of a tile (1, 3, 9), a full one, two (17, 32). New tokens: one, and more than some requests have
+# Heads: idle rows of a tile (1, 3, 9), a full one, more (17 to 128). New tokens: one, and more than some requests have
 # keys. Pages at, below and above a tile. Splits: shared by the device, none, some, more than are merged at once.
 CASES = (
-    [(heads, 1, True, 64, None) for heads in (1, 3, 9, 16, 17, 32)]
-    + [(heads, q_len, True, 64, None) for heads, q_len in ((1, 2), (9, 3), (8, 4), (5, 5), (2, 8), (4, 8), (16, 2))]
+    [(heads, 1, True, 64, None) for heads in (1, 3, 9, 16, 17, 32, 100, 128)]
+    + [
+        (heads, q_len, True, 64, None)
+        for heads, q_len in ((1, 2), (9, 3), (8, 4), (5, 5), (2, 8), (4, 8), (16, 2), (64, 4))
+    ]
     + [(heads, q_len, False, 64, None) for heads, q_len in ((4, 4), (8, 4), (3, 1))]
     + [(heads, q_len, True, size, None) for heads, q_len in ((16, 1), (10, 2)) for size in (16, 32, 128, 256, 4096)]
     + [(heads, q_len, True, 64, splits) for heads, q_len in ((16, 1), (7, 3)) for splits in (1, 2, 5, 13, 30, 50, 200)]
@@ -141,10 +145,41 @@ def test_strides(heads: int) -> None:
     assert count_poison(out) == out.numel() - 2 * 3 * heads * 512
 
 
+# Sparse attention is told all slots where that is faster; tables are too short for some, and rows far apart.
+@pytest.mark.parametrize(("heads", "q_len", "causal"), [(128, 1, True), (40, 3, True), (64, 2, False)])
+def test_many_heads_of_large_batches(heads: int, q_len: int, causal: bool) -> None:
+    lens = [0, 1, 2, 64, 700, 4097, 3000, 128] * 6
+    q, cache, table, seq_lens = make_rows(lens, q_len, heads)
+    assert is_faster(q, cache, table, None)
+    assert not is_faster(q, cache, table, 4)
+    inputs = (q, cache, table, seq_lens)
+    out = poison_(torch.empty((len(lens), q_len, heads + 1, 512), dtype=q.dtype, device="cuda"))
+    _, lse = decode(inputs, out=out[:, :, :heads], causal=causal, impl="hopper")
+    check(inputs, out[:, :, :heads], lse, causal=causal)
+    assert count_poison(out) == len(lens) * q_len * 512
+    again, again_lse = decode(inputs, causal=causal, impl="hopper")
+    assert torch.equal(again, out[:, :, :heads])
+    assert torch.equal(again_lse, lse)
+    named, _ = decode(inputs, causal=causal, num_splits=2, impl="hopper")
+    check(inputs, named, lse, causal=causal)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode(inputs, causal=causal, impl="hopper")
+    seq_lens.copy_(seq_lens // 2)
+    seq_lens[5] = table.shape[1] * 64 + 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert out[5].isnan().all()
+    assert lse[5].isnan().all()
+    fine = torch.arange(len(lens), device="cuda") != 5
+    check((q[fine], cache, table[fine], seq_lens[fine]), out[fine], lse[fine], causal=causal)
+
+
 def test_what_it_is_taken_for() -> None:
     options = {"softmax_scale": SCALE}
-    for heads, q_len, chosen in ((16, 1, "hopper"), (4, 8, "hopper"), (33, 1, "triton"), (128, 1, "triton")):
-        assert which_impl(mla_decode, *make_rows([300], q_len, heads), **options) == chosen
+    for heads, q_len in ((16, 1), (4, 8), (128, 1)):
+        assert which_impl(mla_decode, *make_rows([300], q_len, heads), **options) == "hopper"
     assert which_impl(mla_decode, *make_rows([300], 1, 16, 8), **options) == "triton"
-    with pytest.raises(RuntimeError, match="needs at most 32 query rows over a cache with scales of its own, got 128"):
-        decode(make_rows([300], 1, 128), impl="hopper")
+    q, *rest = make_rows([300], 1, 16)
+    with pytest.raises(RuntimeError, match=r"needs bfloat16 over a cache with scales of its own, got torch\.float16"):
+        mla_decode(q.half(), *rest, impl="hopper", **options)

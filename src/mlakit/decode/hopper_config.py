@@ -9,8 +9,6 @@ RANK, ROPE = 512, 64  # what the kernels are written for: DeepSeek's dimensions
 
 # Each warp sums the lengths by itself, 32 of them a thread.
 _MOST_REQUESTS = 1024
-# Every 16 query rows dequantize the keys again: for 64 rows that takes longer than sparse attention told all slots.
-_MOST_PACKED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,6 @@ def refusal(
     if cache.dtype == torch.uint8:
         if q.dtype != torch.bfloat16:
             return f"needs bfloat16 over a cache with scales of its own, got {q.dtype}"
-        if rows > _MOST_PACKED_ROWS:
-            return f"needs at most {_MOST_PACKED_ROWS} query rows over a cache with scales of its own, got {rows}"
     elif cache.dtype != q.dtype:
         return f"needs a cache of q's dtype {q.dtype}, got {cache.dtype}"
     if kv_lora_rank != RANK or q.shape[-1] != RANK + ROPE:
@@ -116,8 +112,9 @@ def refusal(
             f"needs fewer than 2**31 elements of partial results, got {q.shape[0]} requests of {rows} query rows in "
             f"{num_splits} pieces"
         )
-    if num_splits is not None and num_splits > 1 and rows > 64 * units:
-        return f"needs at most {units * 64} query rows a request where it is split, got {rows}"
+    most = units * (E4M3_FEW16.tile_rows * E4M3_FEW16.resident if cache.dtype == torch.uint8 else MANY.tile_rows)
+    if num_splits is not None and num_splits > 1 and rows > most:
+        return f"needs at most {most} query rows a request where it is split, got {rows}"
     return None
 
 
@@ -135,7 +132,8 @@ def choose_fp8_config(*, rows: int, packed: bool) -> HopperConfig:
 
     Measured on an H200, requests x heads x keys, microseconds; one program a multiprocessor of three tiles, three of
     one, two of two: 128x16x8192 180.1, 168.0, 158.5. By tiles of 16, 32 and 64 rows: 128x16x8192 160.0, 193.1, 221.0;
-    of 32 and 64: 128x32x8192 194.5, 221.9, 64x48x4096 101.7, 73.7.
+    of 32 and 64: 128x32x8192 194.5, 221.9, 64x48x4096 101.7, 73.7. Packed, one program of four tiles, two of two:
+    128x16x8192 252.2, 201.2; 32 rows do not fit into registers.
     """
     if rows <= 16 or packed:
         return E4M3_FEW16

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from mlakit.decode import hopper_config
+from mlakit.decode.all_slots import decode_all_slots, is_faster
 from mlakit.decode.reference import mla_decode_reference
 from mlakit.dispatch import choose
 from mlakit.hardware import capability, device_info
@@ -86,6 +87,11 @@ def decode_out(
         )
         out.copy_(result)
         lse.copy_(logs)
+        return
+    if chosen == "hopper" and cache.dtype == torch.uint8 and is_faster(q, cache, block_table, num_splits):
+        decode_all_slots(
+            q, cache, block_table, seq_lens, out, lse, softmax_scale=softmax_scale, causal=causal
+        )  # fmt: skip
         return
     if chosen == "hopper":
         from mlakit.decode.hopper_launch import _launch_hopper_decode
