@@ -1,12 +1,14 @@
 """`mlakit backends` on terminals of any width; what it finds is tested with the backends."""
 
+from typing import Any
+
 import pytest
 from rich.console import Console
 
 from mlakit.bench import runner, table
 from mlakit.cli.main import main
 
-FOUND = [
+FOUND: list[dict[str, Any]] = [
     {"name": "sdpa", "kind": "mla and standard", "hardware": "any", "version": "torch 2.13", "parameters": {}},
     {"name": "vllm_triton_mla", "kind": "mla", "hardware": "NVIDIA from Ampere on", "version": None,
      "reason": "needs an NVIDIA GPU of compute capability 8.0 or later, this is a CPU",

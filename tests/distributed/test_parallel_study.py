@@ -5,13 +5,16 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlakit.distributed import launch
 from mlakit.report.load import load_record
 from mlakit.studies import parallel, parallel_parts, parallel_run
 from mlakit.studies.parallel_report import Plan, Row, csv_text, findings, plans_of, table
@@ -153,6 +156,42 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path):
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_says_what_is_kept(monkeypatch, capsys, tmp_path):
+    """Before the first row, and after it; the record of an earlier run keeps its content under another name."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.json").write_text("measured yesterday")
+    wrote = False
+
+    def interrupted(target, ranks, options, folder, record, *, timeout):
+        if wrote:
+            record.write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "launch", interrupted)
+    command = [*QUICK, "--batch-specs", "q1s40", "--output-dir", "out", "--output-json", "r.json"]
+    assert parallel.main(command) == 130
+    assert "interrupted; nothing is saved" in capsys.readouterr().err
+    assert Path("r.json.bak").read_text() == "measured yesterday"
+    wrote = True
+    assert parallel.main(command) == 130
+    assert "interrupted; the rows that were done are in r.json" in capsys.readouterr().err
+
+
+def test_what_imports_torch_for_the_ranks_leaves_ctrl_c_to_us(monkeypatch):
+    seen = []
+
+    def running():
+        seen.append(signal.getsignal(signal.SIGINT))
+        raise InterruptedError
+
+    monkeypatch.setattr(forkserver, "ensure_running", running)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InterruptedError):
+        launch.launch(int, 1, timeout=1.0)
+    assert seen == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_plans():

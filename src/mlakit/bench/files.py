@@ -49,6 +49,12 @@ def output_file(path: Path | None, flag: str) -> Path | None:
     return path
 
 
+def keep_earlier(path: Path) -> None:
+    """Give a file that a new one is to replace another name, ending in .bak: no measurement is lost at once."""
+    if path.exists():
+        path.replace(path.with_name(path.name + ".bak"))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step, creating its folder if need be. A link stays, and what it names is written.
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlakit.bench.files import keep_earlier
 from mlakit.bench.results import Record
 
 
@@ -19,7 +20,7 @@ def open_record(path: Path, fresh: Record, *, resume: bool) -> Record:
             raise ValueError(f"nothing to resume: {path} does not exist")
         return fresh
     if not resume:
-        path.replace(path.with_name(path.name + ".bak"))  # an earlier measurement is never lost at once
+        keep_earlier(path)
         return fresh
     record = Record.load(path)
     (session,) = fresh.sessions

@@ -5,8 +5,11 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -44,6 +47,8 @@ def launch(target: Callable[..., int], ranks: int, *args: Any, timeout: float) -
     # The children import torch once together: a server that has it forks them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([target.__module__])
+    with _ctrl_c_is_ours():
+        forkserver.ensure_running()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [context.Process(target=_child, args=(rank, ranks, store.port, target, args)) for rank in range(ranks)]
     for process in processes:
@@ -55,6 +60,21 @@ def launch(target: Callable[..., int], ranks: int, *args: Any, timeout: float) -
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@contextmanager
+def _ctrl_c_is_ours() -> Iterator[None]:
+    """A process that begins in here ignores a terminal's Ctrl-C: ended in the midst of importing torch, it would say so
+    in a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where signals cannot be set, none is handled either
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say_to(path: str | os.PathLike[str]) -> None:

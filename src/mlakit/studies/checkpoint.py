@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlakit.bench.files import keep_earlier
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags `--resume` and `--quiet` to a study's parser."""
@@ -51,8 +53,8 @@ def go_on(found: dict[str, Any] | None, path: Path | None, record: dict[str, Any
         ValueError: `found` was measured with another "environment" or other "options" than `record` names.
     """
     if found is None:
-        if path is not None and path.exists():
-            path.replace(path.with_name(path.name + ".bak"))  # an earlier measurement is never lost at once
+        if path is not None:
+            keep_earlier(path)
         return {"rows": []}
     now = json.loads(json.dumps(record))  # tuples are lists in a file
     threads = (found.get("environment") or {}).get("threads")

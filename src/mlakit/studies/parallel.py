@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlakit.bench.files import output_file, output_folder
+from mlakit.bench.files import keep_earlier, output_file, output_folder
 from mlakit.studies.command import run_study
 from mlakit.studies.layer_options import whole
 from mlakit.studies.parallel_options import add_arguments as add_arguments
@@ -45,9 +46,15 @@ def run(args: argparse.Namespace) -> int:
     if not inside or os.environ["RANK"] == "0":
         folder = output_folder(args.output_dir, "parallel", "--output-dir")
         record = output_file(args.output_json, "--output-json") or folder / "record.json"
+        keep_earlier(record)
     if inside:
         return launch.run_rank(run_rank, options, folder, record)
-    return launch.launch(run_rank, ranks, options, folder, record, timeout=options.timeout)
+    try:
+        return launch.launch(run_rank, ranks, options, folder, record, timeout=options.timeout)
+    except KeyboardInterrupt:
+        kept = f"the rows that were done are in {record}" if record.exists() else "nothing is saved"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        raise
 
 
 def _ranks(args: argparse.Namespace, is_cuda: bool, gpus: int, inside: bool) -> int:
