@@ -4,9 +4,10 @@
     python benchmarks/h200/indexer.py results.json --tune             # and every launch configuration worth a try
     python benchmarks/h200/indexer.py results.json --rows topk        # rows whose name starts so
 
-DeepGEMM's logits take part where it can be imported; selections are of logits that the indexer has scored, and beside
-torch.topk. Logits are compared with float64 in every sixteenth row, selections by the values that they select. FLOPs
-are of the scores that are seen. Cold L2; allocations of results are included.
+DeepGEMM's logits take part where it can be imported, with -inf where a query does not see a key, as ours have it
+(`clean_logits`, a launch of its own); from a paged cache it leaves what lies there. Selections are of logits that the
+indexer has scored, and beside torch.topk. Logits are compared with float64 in every sixteenth row, selections by the
+values that they select. FLOPs are of the scores that are seen. Cold L2; allocations of results are included.
 """
 
 import importlib
@@ -22,6 +23,7 @@ from mlakit.indexer import indexer_logits, indexer_logits_paged, pack_index_cach
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
 from mlakit.indexer.hopper_launch import (
+    launch_indexer_logits_hopper,
     launch_indexer_logits_paged_hopper,
     launch_select_topk_hopper,
 )
@@ -40,13 +42,17 @@ FEW_ROWS = [(64, 131072), (1, 131072)]
 CHECKED = 16
 
 LOGITS = [
+    *(
+        HopperLogitsConfig(2, split, stages)
+        for split, stages in [(1024, 4), (2048, 4), (4096, 4), (8192, 4), (8192, 2)]
+    ),
     *(LogitsConfig(2, 64, 4, 4, split, descriptors=True) for split in (1024, 4096, 16384)),
     LogitsConfig(2, 64, 4, 3, 8192, descriptors=True),
     LogitsConfig(2, 64, 4, 3, 8192),
     LogitsConfig(2, 128, 4, 3, 8192, descriptors=True),
 ]
 PAGED = [
-    *(HopperLogitsConfig(queries, split, 4) for queries in (1, 2) for split in (512, 1024, 2048, 4096)),
+    *(HopperLogitsConfig(queries, split, 4 // queries) for queries in (1, 2) for split in (512, 1024, 2048, 4096)),
     *(LogitsConfig(block_q, block_n, 4, 3, 512) for block_q, block_n in [(1, 128), (2, 64)]),
 ]
 TOPK = [
@@ -101,9 +107,10 @@ def name_of(config: Any) -> str:
     return kind + "".join(f" {name[0]}{value}" for name, value in vars(config).items() if value is not None)
 
 
-def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig) -> Tensors:
+def tuned_logits(arguments: tuple[Any, ...], config: LogitsConfig | HopperLogitsConfig) -> Tensors:
     out = torch.empty(arguments[0].shape[0], arguments[1].shape[0], device=CUDA)
-    launch_indexer_logits(*arguments, out, config)
+    hopper = isinstance(config, HopperLogitsConfig)
+    (launch_indexer_logits_hopper if hopper else launch_indexer_logits)(*arguments, out, config)
     return (out,)
 
 
@@ -129,7 +136,8 @@ def logits_jobs(tune: bool, peer: Any) -> Iterator[Job]:
                     indexer_logits_reference(*some, dtype=torch.bfloat16)),
             peer="deep_gemm",
         )  # fmt: skip
-        job.candidates.append(("triton", lambda a=arguments, b=limits: (indexer_logits(*a, *b),)))
+        for impl in IMPLS:
+            job.candidates.append((impl, lambda a=arguments, b=limits, i=impl: (indexer_logits(*a, *b, impl=i),)))
         if peer is not None:
             q, k, scales, weights = arguments
             call: Callable[[], Tensors] = lambda q=q, k=(k, scales), w=weights, s=start, e=end: (  # noqa: E731

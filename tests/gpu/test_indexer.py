@@ -13,6 +13,7 @@ from mlakit.indexer import (
 from mlakit.indexer.config import LogitsConfig, TopkConfig
 from mlakit.indexer.hopper_config import HopperLogitsConfig, HopperTopkConfig
 from mlakit.indexer.hopper_launch import (
+    launch_indexer_logits_hopper,
     launch_indexer_logits_paged_hopper,
     launch_select_topk_hopper,
 )
@@ -68,13 +69,14 @@ def _check(out, reference, eager):
     ],
 )
 @pytest.mark.parametrize("limited", [False, True])
-def test_logits_against_float64(s_q, s_kv, heads, dim, limited):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_against_float64(s_q, s_kv, heads, dim, limited, impl):
     arguments = _inputs(s_q, s_kv, heads, dim)
     limits: Limits = (None, None)
     if limited:  # some of them empty, before the first key or behind the last
         end = torch.randint(-3, s_kv + 5, (s_q,), device="cuda", dtype=torch.int32)
         limits = (torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32), end)
-    out = indexer_logits(*arguments, *limits)
+    out = indexer_logits(*arguments, *limits, impl=impl)
     reference = _in(torch.float64, indexer_logits_reference, *arguments, *limits)
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, *limits))
 
@@ -98,21 +100,22 @@ def test_every_kind_of_configuration(config):
     _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
 
 
-def test_keys_that_nobody_sees_are_not_read():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keys_that_nobody_sees_are_not_read(impl):
     q, k, scales, weights = _inputs(10, 4096)
     k.view(torch.uint8)[2048:] = 0x7F
     scales[2048:] = torch.nan
     end = torch.full((10,), 2000, device="cuda", dtype=torch.int32)
-    out = indexer_logits(q, k, scales, weights, None, end)
+    out = indexer_logits(q, k, scales, weights, None, end, impl=impl)
     assert not out.isnan().any()
     k.view(torch.uint8)[7, 3] = 0x7F
-    assert indexer_logits(q, k, scales, weights, None, end)[:, 7].isnan().all()
+    assert indexer_logits(q, k, scales, weights, None, end, impl=impl)[:, 7].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_than_2_to_the_31_logits_and_elements(impl):
     q, k, scales, weights = _inputs(20000, 110_001)
-    out = indexer_logits(q, k, scales, weights)
+    out = indexer_logits(q, k, scales, weights, impl=impl)
     rows = slice(0, None, 9999)
     reference = _in(torch.float64, indexer_logits_reference, q[rows], k, scales, weights[rows])
     eager = _in(torch.bfloat16, indexer_logits_reference, q[rows], k, scales, weights[rows])
@@ -301,11 +304,12 @@ on_hopper = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("q_len", "page_size", "heads", "config"),
     [
-        (1, 64, 64, HopperLogitsConfig(1, 512)),
-        (3, 64, 64, HopperLogitsConfig(2, 1024, 6)),
-        (4, 192, 64, HopperLogitsConfig(2, 64)),
-        (4, 64, 32, HopperLogitsConfig(4, 192, 3)),
-        (2, 64, 128, HopperLogitsConfig(1, 320)),
+        (1, 64, 64, HopperLogitsConfig(1, 512, 4)),
+        (3, 64, 64, HopperLogitsConfig(2, 1024, 2)),
+        (4, 192, 64, HopperLogitsConfig(2, 64, 4)),
+        (4, 64, 32, HopperLogitsConfig(4, 192, 1)),
+        (2, 64, 128, HopperLogitsConfig(1, 320, 2)),
+        (3, 64, 32, HopperLogitsConfig(2, 10048, 8)),
     ],
 )
 def test_paged_logits_of_every_kind_of_launch(q_len, page_size, heads, config):
@@ -320,8 +324,56 @@ def test_paged_logits_of_every_kind_of_launch(q_len, page_size, heads, config):
     assert torch.equal(out, again)
 
 
+# More items than there are programs, so that each goes from one to the next, of a tile or fewer, of none, of an odd
+# number; a last row of queries that do not fill it; rows that begin at any multiple of 4 bytes; all heads there are.
+@on_hopper
+@pytest.mark.parametrize(
+    ("s_q", "s_kv", "heads", "config"),
+    [
+        (2301, 1000, 64, HopperLogitsConfig(2, 1024)),
+        (301, 2999, 64, HopperLogitsConfig(2, 64, 4)),
+        (333, 4001, 32, HopperLogitsConfig(4, 192, 1)),
+        (700, 777, 128, HopperLogitsConfig(1, 320, 2)),
+        (200, 5000, 64, HopperLogitsConfig(1, 128, 8)),
+    ],
+)
+def test_logits_of_every_kind_of_launch(s_q, s_kv, heads, config):
+    arguments = _inputs(s_q, s_kv, heads)
+    token = torch.arange(s_q, device="cuda", dtype=torch.int32)
+    wild = torch.randint(-3, s_kv, (s_q,), device="cuda", dtype=torch.int32)
+    causal = token + s_kv - s_q + 1
+    windows = (token % 7 * 300, token % 7 * 300 + token % 5 * 100)  # some empty, as packed sequences have them
+    bands = [(torch.zeros_like(token), causal), (causal - 400, causal), (wild, wild + 70), windows]
+    for start, end in [(None, None), *bands]:
+        out = poison_(torch.empty(s_q, s_kv, device="cuda"))
+        launch_indexer_logits_hopper(*arguments, start, end, out, config)
+        reference = _in(torch.float64, indexer_logits_reference, *arguments, start, end)
+        _check(out, reference, _in(torch.bfloat16, indexer_logits_reference, *arguments, start, end))
+        again = poison_(torch.empty_like(out))
+        launch_indexer_logits_hopper(*arguments, start, end, again, config)
+        assert torch.equal(out, again)
+
+
+@on_hopper
+def test_logits_of_what_is_not_in_one_piece():
+    q, k, scales, weights = _inputs(40, 500)
+    expected = indexer_logits(q, k, scales, weights, impl="triton")
+    apart = torch.zeros(500, 256, dtype=torch.uint8, device="cuda").view(F8)
+    apart[:, 64:192] = k
+    wide = torch.zeros(40, 100, device="cuda")
+    wide[:, 7:71] = weights
+    out = indexer_logits(q, apart[:, 64:192], scales, wide[:, 7:71], impl="hopper")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+    two = torch.stack([q, q], 1)[:, 0]
+    with pytest.raises(RuntimeError, match="contiguous queries"):
+        indexer_logits(two, k, scales, weights, impl="hopper")
+    assert torch.equal(indexer_logits(two, k, scales, weights), expected)
+
+
 @on_hopper
 def test_what_it_cannot_run_is_refused_when_named():
+    with pytest.raises(RuntimeError, match="heads must be 32, 64 or 128, got 5"):
+        indexer_logits(*_inputs(3, 40, 5), impl="hopper")
     with pytest.raises(RuntimeError, match="page size that is a multiple of 64, got 16"):
         indexer_logits_paged(*_paged([40], 16, 1), max_context_len=40, impl="hopper")
     with pytest.raises(RuntimeError, match="heads must be 32, 64 or 128, got 40"):

@@ -9,6 +9,7 @@ from mlakit.indexer.hopper_config import (
     hopper_topk_config,
     why_not_aligned,
     why_not_paged,
+    why_not_rows,
     why_not_topk,
 )
 
@@ -27,6 +28,9 @@ def test_a_program_of_logits_takes_whole_tiles(batch, q_len, columns, heads):
     assert config.queries & (config.queries - 1) == 0
     assert config.queries * heads <= 128
     assert config.queries <= q_len
+    assert config.stages & (config.stages - 1) == 0
+    # What a program holds in shared memory, four times.
+    assert 4 * (2 * config.queries * heads + config.stages * 64) * 128 < 220 * 1024
 
 
 # Lengths at which another sample begins, and the longest one.
@@ -52,9 +56,22 @@ def test_a_row_is_held_or_its_candidates_have_room(rows, columns, k):
 def test_what_the_kernels_for_hopper_leave_to_others():
     q, cache = torch.empty(1, 4, 64, 128, dtype=F8), torch.empty(5, 64, 132, dtype=torch.uint8)
     uneven = torch.empty(5 * 8452, dtype=torch.uint8).as_strided((5, 64, 132), (8452, 132, 1))
-    assert why_not_paged(q, cache) is why_not_topk(163840, 2048) is why_not_aligned(q, cache) is None
+    k = torch.empty(9, 128, dtype=F8)
+    assert (
+        why_not_rows(q[0], k)
+        is why_not_paged(q, cache)
+        is why_not_topk(163840, 2048)
+        is why_not_aligned(q, cache)
+        is None
+    )
     assert "heads must be 32, 64 or 128, got 40" in (why_not_paged(q[:, :, :40], cache) or "")
     assert "dim must be 128, got 64" in (why_not_paged(q[..., :64], cache) or "")
+    assert "heads must be 32, 64 or 128, got 16" in (why_not_rows(q[0, :, :16], k) or "")
+    assert "dim must be 128, got 64" in (why_not_rows(q[0, ..., :64], k[:, :64]) or "")
+    assert "contiguous queries, got strides [8192, 256, 1]" in (why_not_rows(q[0].view(4, 32, 256)[..., :128], k) or "")
+    assert "a stride of 136" in (why_not_rows(q[0], torch.empty(9, 136, dtype=F8)[:, :128]) or "")
+    many = k[:1].expand(2**30, 128)
+    assert "fewer than 2**30 rows" in (why_not_rows(q[0], many) or "")
     assert "multiple of 64, got 48" in (why_not_paged(q, cache[:, :48]) or "")
     assert "a stride of 8452" in (why_not_paged(q, uneven) or "")
     assert "163840 columns, got 163841" in (why_not_topk(163841, 1) or "")

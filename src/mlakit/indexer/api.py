@@ -44,7 +44,8 @@ def indexer_logits(
             (`quantize_queries`).
         k_start: [s_q] int32: the first key that each query sees; None for 0.
         k_end: [s_q] int32: one past the last; None for s_kv. A query that sees none gets a row of -inf.
-        impl: "triton" or "reference"; None takes the first that can run.
+        impl: "hopper" (Gluon, compute capability 9.0; 32, 64 or 128 heads of 128, contiguous queries), "triton" or
+            "reference"; None takes the first that can run.
 
     Returns:
         [s_q, s_kv] float32, contiguous; -inf where a query does not see a key. NaN stays NaN.
@@ -68,14 +69,15 @@ def indexer_logits(
     for name, limit in (("k_start", k_start), ("k_end", k_end)):
         if limit is not None:
             _check_integers(name, limit, (s_q,), q.device)
-    if choose_triton("indexer_logits", impl, q, _unsuitable(heads, dim)) == "triton":
+    name = _choose("indexer_logits", impl, q, _unsuitable(heads, dim))
+    if name != "reference":
         if k_start is None and k_end is not None:
             k_start = torch.zeros_like(k_end)
         elif k_end is None and k_start is not None:
             k_end = torch.full_like(k_start, k.shape[0])
         limits = () if k_start is None or k_end is None else (k_start, k_end)
         run = ops.run_indexer_logits if unobserved(q, k, k_scales, weights, *limits) else ops.indexer_logits
-        return run(q, k, k_scales, weights, k_start, k_end)
+        return run(q, k, k_scales, weights, k_start, k_end, name)
     return indexer_logits_reference(q, k, k_scales, weights, k_start, k_end)
 
 

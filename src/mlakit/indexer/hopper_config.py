@@ -11,6 +11,7 @@ from mlakit.hardware import capability
 TILE = 64  # keys of a tile
 DIM = 128  # bytes of a key: a row that the swizzle of shared memory takes whole
 _COLUMNS = 128  # of a product: queries times heads
+RESIDENT = 4  # programs of logits that share a multiprocessor
 # A selection's bitmap of a row, and the ranks of its words, lie where its candidates and bins were.
 MOST_COLUMNS = 163840
 MOST_K = 2048
@@ -18,26 +19,25 @@ MOST_K = 2048
 
 @dataclass(frozen=True)
 class HopperLogitsConfig:
-    """A program scores `split` keys, a multiple of 64, for `queries` queries of a request, with `stages` tiles of keys
-    in shared memory.
+    """An item is `queries` queries of a request and `split` keys, a multiple of 64; a program has room for `stages`
+    tiles of keys, a power of two.
     """
 
     queries: int
     split: int
-    stages: int = 4
+    stages: int = 2
 
 
 def hopper_logits_config(batch: int, q_len: int, heads: int, columns: int, units: int) -> HopperLogitsConfig:
-    """The launch for requests of q_len queries of so many heads, and up to so many keys.
-
-    Measured on an H200 with 64 heads: 64 requests of one query and 32768 keys took 83.6 us in parts of 4096 keys, 84.4
-    and 86.5 in parts of 2048 and 1024; 128 of two queries and 8192 keys 61.3 in parts of 4096, 63.1 and 66.3.
+    """The launch for requests of q_len queries of so many heads, and up to so many keys; keys in a row are those of one
+    request.
     """
     queries = 1 << (max(min(_COLUMNS // heads, q_len), 1).bit_length() - 1)
-    programs = batch * -(-q_len // queries)
-    resident = (4 if 2 * queries * heads <= _COLUMNS else 2) * units
-    parts = max(1, min(resident // max(programs, 1), -(-columns // 512)))
-    return HopperLogitsConfig(queries, max(-(-columns // (parts * TILE)), 1) * TILE)
+    blocks = max(batch * -(-q_len // queries), 1)
+    parts = max(1, min(RESIDENT * units // blocks, -(-columns // 512)))
+    # A product of fewer columns takes half the time, and its queries half the memory.
+    stages = 2 if queries * heads == _COLUMNS else 4
+    return HopperLogitsConfig(queries, max(-(-columns // (parts * TILE)), 1) * TILE, stages)
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,31 @@ def hopper_topk_config(columns: int, rows: int, units: int) -> HopperTopkConfig:
     return HopperTopkConfig(512, 16, sample, max_registers=40)
 
 
+def why_not_rows(q: torch.Tensor, k: torch.Tensor) -> str | None:
+    """Why the kernel cannot score these queries [s_q, heads, dim] and keys [s_kv, dim], None if it can; what is checked
+    for all implementations is not checked again, and addresses are looked at in `why_not_aligned`.
+    """
+    s_q, heads, dim = q.shape
+    reason = _why_not_heads(heads, dim)
+    if reason is not None:
+        return reason
+    if not q.is_contiguous():
+        return f"it needs contiguous queries, got strides {list(q.stride())}"
+    if k.stride(0) % 16:
+        return f"bulk loads need keys at multiples of 16 bytes, got a stride of {k.stride(0)}"
+    rows = max(s_q * heads, k.shape[0])
+    return None if rows < 2**30 else f"it counts fewer than 2**30 rows of queries and keys, got {rows}"
+
+
 def why_not_paged(q: torch.Tensor, cache: torch.Tensor) -> str | None:
     """Why the kernel cannot score these queries [batch, q_len, heads, dim] and this cache, None if it can; what is
     checked for all implementations is not checked again. Addresses are looked at in `why_not_aligned` alone:
     torch.compile has none to show.
     """
     batch, q_len, heads, dim = q.shape
-    if dim != DIM:
-        return f"dim must be {DIM}, got {dim}"
-    if heads not in (32, 64, 128):
-        return f"heads must be 32, 64 or 128, got {heads}"
+    reason = _why_not_heads(heads, dim)
+    if reason is not None:
+        return reason
     pages, page_size, _ = cache.shape
     if page_size % TILE:
         return f"it needs a page size that is a multiple of {TILE}, got {page_size}"
@@ -88,6 +103,12 @@ def why_not_paged(q: torch.Tensor, cache: torch.Tensor) -> str | None:
         return f"it needs pages at multiples of {DIM} bytes, got a stride of {cache.stride(0)}"
     rows = max(batch * q_len * heads, pages * (cache.stride(0) // DIM))
     return None if rows < 2**31 else f"bulk loads count fewer than 2**31 rows, got {rows}"
+
+
+def _why_not_heads(heads: int, dim: int) -> str | None:
+    if dim != DIM:
+        return f"dim must be {DIM}, got {dim}"
+    return None if heads in (32, 64, 128) else f"heads must be 32, 64 or 128, got {heads}"
 
 
 def why_not_topk(columns: int, k: int) -> str | None:

@@ -1,23 +1,56 @@
 """The launchers of the indexer's Hopper kernels."""
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
-import triton
 
 from mlakit.hardware import device_info
 from mlakit.hopper_descriptors import descriptor_of_rows
 from mlakit.indexer.hopper_config import (
     DIM,
+    RESIDENT,
     TILE,
     HopperLogitsConfig,
     HopperTopkConfig,
     hopper_logits_config,
     hopper_topk_config,
 )
-from mlakit.indexer.hopper_logits import _indexer_logits_paged_hopper_kernel
+from mlakit.indexer.hopper_logits import _indexer_logits_hopper_kernel
 from mlakit.indexer.hopper_topk import _select_topk_hopper_kernel
 from mlakit.triton_launch import Launches
 
-_LOGITS, _TOPK = Launches(_indexer_logits_paged_hopper_kernel), Launches(_select_topk_hopper_kernel)
+_LOGITS, _TOPK = Launches(_indexer_logits_hopper_kernel), Launches(_select_topk_hopper_kernel)
+
+
+def launch_indexer_logits_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scales: torch.Tensor,
+    weights: torch.Tensor,
+    k_start: torch.Tensor | None,
+    k_end: torch.Tensor | None,
+    out: torch.Tensor,
+    config: HopperLogitsConfig | None = None,
+) -> None:
+    """Write the logits of every query and key to `out` [s_q, s_kv], contiguous. Both limits are given, or none.
+
+    q [s_q, heads, dim] is contiguous.
+    """
+    if out.numel() == 0:
+        return
+    s_q, heads, dim = q.shape
+    s_kv = k.shape[0]
+    if config is None:
+        config = hopper_logits_config(1, s_q, heads, s_kv, device_info(q.device).units)
+    bound = k_start is not None and k_end is not None
+    start, end = (k_start, k_end) if k_start is not None and k_end is not None else (k_scales, k_scales)
+    descriptors = (descriptor_of_rows(q.view(-1, dim), config.queries * heads, DIM), descriptor_of_rows(k, TILE, DIM))
+    key = (q.shape, k.shape, k.stride(0), weights.stride(0), bound, config)
+    tensors = (*descriptors, k_scales, weights, start, end, end, out)
+    if q.is_cuda and _LOGITS.again(key, q.device, tensors):
+        return
+    _first(key, q.device, tensors, config, (1, s_q, heads, s_kv), (weights.stride(0), 0, 0), bound, 0)
 
 
 def launch_indexer_logits_paged_hopper(
@@ -43,24 +76,53 @@ def launch_indexer_logits_paged_hopper(
     # Codes fill rows of 128 bytes, and so do scales: the cache is a matrix of such rows.
     page_rows = cache.stride(0) // DIM
     codes = cache.as_strided(((pages - 1) * page_rows + page_size, DIM), (DIM, 1)).view(torch.float8_e4m3fn)
-    tensors = (
-        descriptor_of_rows(q.view(-1, dim), config.queries * heads, DIM), descriptor_of_rows(codes, TILE, DIM), cache,
-        weights, context_lens, block_table, out,
+    descriptors = (
+        descriptor_of_rows(q.view(-1, dim), config.queries * heads, DIM), descriptor_of_rows(codes, TILE, DIM)
     )  # fmt: skip
     key = (q.shape, cache.shape, cache.stride(0), block_table.stride(0), columns, config)
+    scales = cache.view(torch.float32)
+    tensors = (*descriptors, scales, weights, context_lens, context_lens, block_table, out)
     if q.is_cuda and _LOGITS.again(key, q.device, tensors):
         return
-    q_blocks = triton.cdiv(q_len, config.queries)
-    programs_q = batch * q_blocks
+    strides = (heads, block_table.stride(0), page_rows)
+    _first(key, q.device, tensors, config, (batch, q_len, heads, columns), strides, True, page_size)
+
+
+def _first(
+    key: Hashable,
+    device: torch.device,
+    tensors: tuple[Any, ...],
+    config: HopperLogitsConfig,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int],
+    bound: bool,
+    page_size: int,
+) -> None:
+    """Launch for batch requests of q_len queries of so many heads and so many columns; `strides` of weights, of the
+    block table and, in rows, of pages.
+    """
+    batch, q_len, heads, columns = shape
+    q_blocks = -(-q_len // config.queries)
+    blocks = batch * q_blocks
+    items = blocks * -(-columns // config.split)
+    unit = 4 if columns % 4 == 0 else 1
     _LOGITS.first(
         key,
-        q.device,
-        (programs_q * triton.cdiv(columns, config.split), 1, 1),
-        (*tensors[:2], cache.view(torch.float32), *tensors[3:]),
-        (q_len, columns, q_blocks, programs_q, config.split, block_table.stride(0), page_rows, 0),
-        {"HEADS": heads, "PAGE": page_size, "QUERIES": config.queries, "STAGES": config.stages},
+        device,
+        (min(items, RESIDENT * device_info(device).units), 1, 1),
+        tensors,
+        (q_len, columns // unit, *strides, blocks, q_blocks, items, config.split // TILE, 0),
+        {
+            "UNIT": unit,
+            "HEADS": heads,
+            "QUERIES": config.queries,
+            "STAGES": config.stages,
+            "BOUND": bound,
+            "PAGE": page_size,
+        },
         num_warps=4,
-    )  # fmt: skip
+        maxnreg=512 // RESIDENT,
+    )
 
 
 def launch_select_topk_hopper(
@@ -90,7 +152,7 @@ def launch_select_topk_hopper(
             "LENGTHS": lengths is not None,
             "HELD": config.held,
             "SAMPLE": config.sample,
-            "WORDS": triton.next_power_of_2(triton.cdiv(columns, 32 * config.threads)),
+            "WORDS": 1 << (-(-columns // (32 * config.threads)) - 1).bit_length(),
             "THREADS": config.threads,
             "AHEAD": config.ahead,
         },

@@ -1,10 +1,10 @@
 # mypy: disallow-incomplete-defs=False
 # (kernel arguments are pointers and numbers of the GPU, which have no Python type)
-"""The lightning indexer's logits from pages on Hopper: while a tile of keys is scored, the one before is summed.
+"""The lightning indexer's logits on Hopper, of keys in a row and from pages.
 
-A program is one warpgroup with the heads of a few queries as the columns of a product, and tiles of 64 keys as its
-rows. Two accumulators take turns: the next product is started as soon as the last one is done, and runs while relu,
-weights and the sum over heads are computed from that. Two programs share a multiprocessor, four of single queries.
+A program is one warpgroup, and four of them share a multiprocessor: while some multiply, the others sum over heads. It
+stays there and goes from item to item: the heads of a few queries, which are the columns of a product, and a range of
+keys, in tiles of 64. Tiles are loaded ahead, also those of the next item, and its queries.
 """
 
 import triton.language as tl
@@ -25,176 +25,255 @@ DIM = gl.constexpr(128)
 
 
 @gluon.jit
-def _zero_word(anything):
-    """The address of a zero in shared memory. It takes 1024 bytes, as tiles begin behind it at multiples of that."""
-    return gl.inline_asm_elementwise(
-        ".shared .align 1024 .b32 mlakit_zero[256];\nmov.u32 $0, mlakit_zero; st.shared.b32 [mlakit_zero], 0;",
-        "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _item(
+    number, blocks, q_blocks, split, s_q, s_kv, start_ptr, end_ptr, QUERIES: gl.constexpr, BOUND: gl.constexpr,
+    PAGE: gl.constexpr,
+):  # fmt: skip
+    """An item's request, first query, keys [begin, end), the first tile's first key and the number of tiles."""
+    begin = number // blocks * split
+    end = gl.minimum(begin + split, s_kv)
+    block = number % blocks
+    lowest = begin
+    highest = end
+    if PAGE:
+        request = block // q_blocks
+        end_q = (request + 1) * s_q
+        first_q = request * s_q + block % q_blocks * QUERIES
+        last_q = gl.minimum(first_q + QUERIES, end_q) - 1
+        highest = gl.minimum(gl.load(end_ptr + request) - end_q + 1 + last_q, end)
+    else:
+        request = 0
+        first_q = (blocks - 1 - block) * QUERIES  # the last first: under causal limits they take the longest
+        if BOUND:
+            lowest = end
+            highest = begin
+            for i in gl.static_range(QUERIES):
+                lowest = gl.minimum(lowest, gl.load(start_ptr + gl.minimum(first_q + i, s_q - 1)))
+                highest = gl.maximum(highest, gl.load(end_ptr + gl.minimum(first_q + i, s_q - 1)))
+            lowest = begin + (gl.maximum(lowest, begin) - begin) // TILE * TILE
+            highest = gl.minimum(highest, end)
+    tiles = gl.maximum(gl.cdiv(highest - lowest, TILE), 0)
+    return request, first_q, begin, end, gl.where(tiles > 0, lowest, end), tiles
 
 
 @gluon.jit
-def _tile_row(table_ptr, key, end, page_rows, PAGE: gl.constexpr):
-    """The row of the cache at which a tile begins, by its first key; page 0 is looked up for one past the last."""
-    page = gl.load(table_ptr + key // PAGE, mask=key < end, other=0)
-    return page * page_rows + key % PAGE
+def _row(key, request, table_ptr, stride_table, page_rows, wanted, PAGE: gl.constexpr):
+    """The row of the matrix of all keys at which a tile begins, by its first key."""
+    if PAGE:
+        at = key.to(gl.uint32)  # never negative: dividing is cheaper
+        page = gl.load(table_ptr + request.to(gl.int64) * stride_table + at // PAGE, mask=wanted, other=0)
+        row = page * page_rows + (at % PAGE).to(gl.int32)
+    else:
+        row = key
+    return row
 
 
 @gluon.jit
-def _scales_at(scales_ptr, key, row, offs, PAGE: gl.constexpr):
-    """Scales of the tile whose first key is `key`, and which begins at `row` of 128 bytes: they lie behind the page's
-    codes.
-    """
-    within = key % PAGE
-    return gl.load(scales_ptr + (row - within + PAGE).to(gl.int64) * 32 + within + offs)
+def _row_ahead(
+    m, tiles, n_tiles, lowest, n_lowest, request, n_request, table_ptr, stride_table, page_rows, PAGE: gl.constexpr
+):
+    """The row of the m-th tile, counted from an item's first one into the next item's."""
+    now = m < tiles
+    key = gl.where(now, lowest + m * TILE, n_lowest + (m - tiles) * TILE)
+    of = gl.where(now, request, n_request) if PAGE else 0
+    return _row(key, of, table_ptr, stride_table, page_rows, m < tiles + n_tiles, PAGE)
 
 
 @gluon.jit
-def _start_product(keys, queries, full, zeros, zero, tile, tiles, STAGES: gl.constexpr):
-    stage = tile % STAGES
-    mbarrier.wait(full.index(stage), (tile // STAGES) & 1, pred=tile < tiles)
-    # An index that the compiler does not know: else it computes all descriptors ahead, and spills them.
-    return warpgroup_mma(
-        keys.index(stage + zero), queries.index(zero).permute((1, 0)), zeros, use_acc=False, is_async=True
-    )
-
-
-@gluon.jit
-def _refill(k_desc, keys, full, word, row, tile, tiles, STAGES: gl.constexpr):
-    """All warps are done with a tile: ask for another one in its place. Gives a zero that is not known before: with it
-    as an operand, no work on a product is done ahead of starting the next one.
-    """
-    _barrier()
-    nothing = gl.inline_asm_elementwise(
-        "ld.shared.f32 $0, [$1];", "=f,r", [word], dtype=gl.float32, is_pure=False, pack=1
-    )
-    stage = tile % STAGES
-    wanted = tile + STAGES < tiles
+def _ask(k_desc, keys, full, row, slot, wanted, STAGES: gl.constexpr):
+    stage = slot & (STAGES - 1)
     mbarrier.expect(full.index(stage), TILE * DIM, pred=wanted)
     tma.async_copy_global_to_shared(k_desc, [row, 0], full.index(stage), keys.index(stage), pred=wanted)
-    return nothing
+
+
+@gluon.constexpr_function
+def _result_layout(queries):
+    """[64, queries, 4] with the parts of four lanes in each thread, and as few keys and queries as there can be."""
+    more = [[0, 2 << i, 0] for i in range(queries.bit_length() - 2)]
+    lanes = [[0, 1 if queries > 1 else 0, 0], [8, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], *more], lanes, [[16, 0, 0], [32, 0, 0]], [], [64, queries, 4]
+    )
 
 
 @gluon.jit
-def _finish(s, weights, nothing, scale, first, out_ptr, first_q, end_q, stride_out, end,
-            QUERIES: gl.constexpr, HEADS: gl.constexpr):  # fmt: skip
-    """Sum over heads of weight * relu(score), two instructions a score, times the key's scale; write it."""
-    s = gl.maximum(s, nothing, propagate_nan=_ALL) * weights[None, :]
-    logits = gl.sum(gl.reshape(s, [TILE, QUERIES, HEADS]), axis=2)
-    layout: gl.constexpr = logits.type.layout
-    column = first + gl.arange(0, TILE, gl.SliceLayout(1, layout))
-    query = first_q + gl.arange(0, QUERIES, gl.SliceLayout(0, layout))
-    logits *= gl.convert_layout(scale, gl.SliceLayout(1, layout))[:, None]
-    out_ptrs = out_ptr + query[None, :].to(gl.int64) * stride_out + column[:, None]
-    gl.store(out_ptrs, logits, mask=(column < end)[:, None] & (query < end_q)[None, :])
+def _fill(out_ptr, s_kv, queries, begin, lowest, behind, end, UNIT: gl.constexpr):
+    """-inf in columns [begin, lowest) and [behind, end) of so many rows."""
+    layout: gl.constexpr = gl.BlockedLayout([UNIT], [32], [4], [0])
+    STEP: gl.constexpr = 128 * UNIT
+    offs = gl.arange(0, STEP, layout)
+    before = lowest - begin
+    dead = before + gl.maximum(end - behind, 0)
+    value = gl.full([STEP], -float("inf"), gl.float32, layout)
+    for _ in range(queries):
+        for first in range(0, dead, STEP):
+            at = first + offs
+            column = gl.where(at < before, begin + at, behind - before + at)
+            gl.store(out_ptr + column, value, mask=at < dead)
+        out_ptr += s_kv
 
 
 @gluon.jit
-def _fill(out_ptr, begin, end):
-    """-inf in columns [begin, end) of a row."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    offs = gl.arange(0, 128, layout)
-    for first in range(begin, end, 128):
-        gl.store(out_ptr + first + offs, gl.full([128], -float("inf"), gl.float32, layout), mask=first + offs < end)
+def _sum(s, weights, QUERIES: gl.constexpr, HEADS: gl.constexpr):
+    # Twice relu, as weights are halves: an addition runs at twice the rate of a maximum (466 us instead of 503).
+    s = s + gl.abs(s)
+    # The four lanes that share a row exchange what each has of its keys and queries, so that each ends up with
+    # the sum of another: three exchanges and additions where a sum that all of them know takes eight.
+    parts = gl.reshape(s * weights[None, :], [TILE, QUERIES, HEADS // 8, 4, 2])
+    parts = gl.sum(gl.reshape(gl.permute(parts, [0, 1, 3, 2, 4]), [TILE, QUERIES, 4, HEADS // 4]), axis=3)
+    return gl.sum(gl.convert_layout(parts, _result_layout(QUERIES)), axis=2)
+
+
+@gluon.jit
+def _scales(scales_ptr, key, row, offs, s_kv, PAGE: gl.constexpr):
+    """A tile's scales: those of keys in a row, or behind its page's codes."""
+    if PAGE:
+        within = (key.to(gl.uint32) % PAGE).to(gl.int32)
+        return gl.load(scales_ptr + (row - within + PAGE).to(gl.int64) * (DIM // 4) + within + offs)
+    return gl.load(scales_ptr + gl.minimum(key + offs, s_kv - 1))
 
 
 # What changes from batch to batch must not recompile; `zero` must stay unknown.
 @gluon.jit(
-    do_not_specialize=["q_len", "columns", "q_blocks", "programs_q", "split", "stride_table", "page_rows", "zero"]
-)
-def _indexer_logits_paged_hopper_kernel(
+    do_not_specialize=[
+        "s_q", "kv_units", "stride_w", "stride_table", "page_rows", "blocks", "q_blocks", "items", "split_tiles",
+        "zero",
+    ]
+)  # fmt: skip
+def _indexer_logits_hopper_kernel(
     q_desc,
     k_desc,
     scales_ptr,
     weights_ptr,
-    lens_ptr,
+    start_ptr,
+    end_ptr,  # PAGE: context lengths
     table_ptr,
     out_ptr,
-    q_len,
-    columns,
-    q_blocks,  # of a request
-    programs_q,
-    split,
+    s_q,  # PAGE: queries of a request
+    kv_units,  # columns of the result, in units
+    stride_w,
     stride_table,
     page_rows,  # from one page to the next, in rows of 128 bytes
+    blocks,  # of queries
+    q_blocks,  # of a request
+    items,
+    split_tiles,
     zero,
+    UNIT: gl.constexpr,
     HEADS: gl.constexpr,
-    PAGE: gl.constexpr,  # tokens
     QUERIES: gl.constexpr,
     STAGES: gl.constexpr,
+    BOUND: gl.constexpr,  # whether start_ptr and end_ptr are given
+    PAGE: gl.constexpr,  # tokens; 0: keys in a row
 ):
     COLUMNS: gl.constexpr = QUERIES * HEADS
+    BITS: gl.constexpr = STAGES.bit_length() - 1
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    queries = gl.allocate_shared_memory(gl.float8e4nv, [1, COLUMNS, DIM], matrix)
+    result: gl.constexpr = gl.SliceLayout(2, _result_layout(QUERIES))
+    queries = gl.allocate_shared_memory(gl.float8e4nv, [2, COLUMNS, DIM], matrix)
     keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE, DIM], matrix)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    word = _zero_word(zero)
+    full_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    mbarrier.init(full_q, count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(full_q.index(i), count=1)
     fence_async_shared()
     _barrier()
 
+    s_kv = kv_units * UNIT  # so that the compiler knows of aligned rows
+    split = split_tiles * TILE
     pid = gl.program_id(0)
-    begin = (pid // programs_q) * split
-    end = gl.minimum(begin + split, columns)
-    block = pid % programs_q
-    request = block // q_blocks
-    end_q = (request + 1) * q_len
-    first_q = request * q_len + (block % q_blocks) * QUERIES
-    table_ptr += request.to(gl.int64) * stride_table
-    sight = gl.load(lens_ptr + request) - end_q + 1  # query i sees the first sight + i keys
-    highest = gl.minimum(sight + gl.minimum(first_q + QUERIES, end_q) - 1, end)
-    tiles = gl.maximum(gl.cdiv(highest - begin, TILE), 0)
+    programs = gl.num_programs(0)
+    # Forwards and backwards by turns: where items get shorter and shorter, programs get the same sum of them.
+    turns = items // programs
+    place = gl.where(turns % 2 == 0, pid, programs - 1 - pid)
+    rounds = turns + gl.where(place < items % programs, 1, 0).to(gl.int32)
+    done = pid * 0  # tiles so far
+    zeros = gl.zeros([TILE, COLUMNS], gl.float32, product)
+    request, first_q, begin, end, lowest, tiles = _item(
+        pid, blocks, q_blocks, split, s_q, s_kv, start_ptr, end_ptr, QUERIES, BOUND, PAGE
+    )
+    mbarrier.expect(full_q.index(0), COLUMNS * DIM)
+    tma.async_copy_global_to_shared(q_desc, [first_q * HEADS, 0], full_q.index(0), queries.index(0))
+    for i in gl.static_range(STAGES):
+        row = _row(lowest + i * TILE, request, table_ptr, stride_table, page_rows, i < tiles, PAGE)
+        _ask(k_desc, keys, full, row, i, i < tiles, STAGES)
 
-    if tiles > 0:
-        mbarrier.expect(full_q, COLUMNS * DIM)
-        tma.async_copy_global_to_shared(q_desc, [first_q * HEADS, 0], full_q, queries.index(0))
-        for i in gl.static_range(STAGES):
-            row = _tile_row(table_ptr, begin + i * TILE, highest, page_rows, PAGE)
-            mbarrier.expect(full.index(i), TILE * DIM, pred=i < tiles)
-            tma.async_copy_global_to_shared(k_desc, [row, 0], full.index(i), keys.index(i), pred=i < tiles)
-        # Looked up a step before it is needed: the scales' page, and the page to ask for.
-        scale_row = _tile_row(table_ptr, begin + TILE, highest, page_rows, PAGE)
-        next_row = _tile_row(table_ptr, begin + STAGES * TILE, highest, page_rows, PAGE)
-        offs = gl.arange(0, TILE, gl.SliceLayout(1, product))
-        first_row = _tile_row(table_ptr, begin, highest, page_rows, PAGE)
-        scale = _scales_at(scales_ptr, begin, first_row, offs, PAGE)
+    for r in range(rounds):
+        more = r + 1 < rounds
+        number = (r + 1) * programs + gl.where(r % 2 == 0, programs - 1 - pid, pid)
+        n_request, n_first_q, n_begin, n_end, n_lowest, n_tiles = _item(
+            gl.where(more, number, 0), blocks, q_blocks, split, s_q, s_kv, start_ptr, end_ptr, QUERIES, BOUND, PAGE
+        )
+        n_tiles = gl.where(more, n_tiles, 0)
+        after = (r + 1) & 1
+        mbarrier.expect(full_q.index(after), COLUMNS * DIM, pred=more)
+        tma.async_copy_global_to_shared(
+            q_desc, [n_first_q * HEADS, 0], full_q.index(after), queries.index(after), pred=more
+        )
+        for early in range(tiles, gl.minimum(tiles + n_tiles, STAGES)):
+            row = _row_ahead(
+                early, tiles, n_tiles, lowest, n_lowest, request, n_request, table_ptr, stride_table, page_rows, PAGE
+            )
+            _ask(k_desc, keys, full, row, done + early, True, STAGES)
+        end_q = s_q
+        if PAGE:
+            end_q = (request + 1) * s_q
+        of = first_q + gl.arange(0, QUERIES, gl.SliceLayout(0, result))
+        if BOUND:
+            out_row = out_ptr + first_q.to(gl.int64) * s_kv
+            live = gl.minimum(end_q - first_q, QUERIES)
+            _fill(out_row, s_kv.to(gl.int64), live, begin, lowest, lowest + tiles * TILE, end, UNIT)
+            if PAGE:
+                ends = gl.load(end_ptr + request) - end_q + 1 + of
+            else:
+                starts = gl.load(start_ptr + gl.minimum(of, s_q - 1))
+                ends = gl.load(end_ptr + gl.minimum(of, s_q - 1))
+        # Looked up a step before they are needed: where this tile is, for its scales, and the one to ask for.
+        here = _row(lowest, request, table_ptr, stride_table, page_rows, tiles > 0, PAGE)
+        ahead = _row_ahead(
+            STAGES, tiles, n_tiles, lowest, n_lowest, request, n_request, table_ptr, stride_table, page_rows, PAGE
+        )
         column = gl.arange(0, COLUMNS, gl.SliceLayout(0, product))
         query = first_q + column // HEADS
-        weights = gl.load(weights_ptr + query.to(gl.int64) * HEADS + column % HEADS, mask=query < end_q, other=0.0)
-        zeros = gl.zeros([TILE, COLUMNS], gl.float32, product)
-        mbarrier.wait(full_q, 0)
-        s0 = _start_product(keys, queries, full, zeros, zero, 0, tiles, STAGES)
-        s1 = zeros
-        for pair in range(tiles // 2):
-            t = 2 * pair
-            key = begin + t * TILE
-            s0 = warpgroup_mma_wait(0, [s0])
-            s1 = _start_product(keys, queries, full, zeros, zero, t + 1, tiles, STAGES)
-            nothing = _refill(k_desc, keys, full, word, next_row, t, tiles, STAGES)
-            next_row = _tile_row(table_ptr, key + (STAGES + 1) * TILE, highest, page_rows, PAGE)
-            next_scale = _scales_at(scales_ptr, key + TILE, scale_row, offs, PAGE)
-            scale_row = _tile_row(table_ptr, key + 2 * TILE, highest, page_rows, PAGE)
-            _finish(s0, weights, nothing, scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
-            t = 2 * pair + 1
-            key = begin + t * TILE
-            s1 = warpgroup_mma_wait(0, [s1])
-            s0 = _start_product(keys, queries, full, zeros, zero, t + 1, tiles, STAGES)
-            nothing = _refill(k_desc, keys, full, word, next_row, t, tiles, STAGES)
-            next_row = _tile_row(table_ptr, key + (STAGES + 1) * TILE, highest, page_rows, PAGE)
-            scale = _scales_at(scales_ptr, key + TILE, scale_row, offs, PAGE)
-            scale_row = _tile_row(table_ptr, key + 2 * TILE, highest, page_rows, PAGE)
-            _finish(s1, weights, nothing, next_scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
-        s0 = warpgroup_mma_wait(0, [s0])
-        if tiles % 2 > 0:
-            key = begin + (tiles - 1) * TILE
-            _finish(s0, weights, 0.0, scale, key, out_ptr, first_q, end_q, columns, end, QUERIES, HEADS)
-
-    _barrier()  # other threads wrote what is overwritten now: keys that a query of the tile does not see
-    for i in gl.static_range(QUERIES):
-        query = first_q + i
-        if query < end_q:
-            _fill(out_ptr + query.to(gl.int64) * columns, gl.maximum(sight + query, begin), end)
+        weights = gl.load(weights_ptr + query.to(gl.int64) * stride_w + column % HEADS, mask=query < end_q, other=0.0)
+        weights *= 0.5
+        mbarrier.wait(full_q.index(r & 1), (r >> 1) & 1)
+        for n in range(tiles):
+            key = lowest + n * TILE
+            slot = done + n
+            stage = slot & (STAGES - 1)
+            offs = gl.arange(0, TILE, gl.SliceLayout(1, result))
+            scale = _scales(scales_ptr, key, here, offs, s_kv, PAGE)
+            mbarrier.wait(full.index(stage), (slot >> BITS) & 1)
+            # An index that the compiler does not know: else it computes all descriptors ahead, and spills them.
+            s = warpgroup_mma(
+                keys.index(stage + zero), queries.index((r & 1) + zero).permute((1, 0)), zeros, use_acc=False,
+                is_async=True,
+            )  # fmt: skip
+            s = warpgroup_mma_wait(0, [s])
+            _barrier()  # all warps are done with the tile
+            _ask(k_desc, keys, full, ahead, slot, n + STAGES < tiles + n_tiles, STAGES)
+            here = _row(key + TILE, request, table_ptr, stride_table, page_rows, n + 1 < tiles, PAGE)
+            ahead = _row_ahead(
+                n + STAGES + 1, tiles, n_tiles, lowest, n_lowest, request, n_request, table_ptr, stride_table,
+                page_rows, PAGE,
+            )  # fmt: skip
+            logits = _sum(s, weights, QUERIES, HEADS) * scale[:, None]
+            at = key + offs
+            if BOUND:
+                seen = at[:, None] < ends[None, :]
+                if not PAGE:
+                    seen = seen & (at[:, None] >= starts[None, :])
+                logits = gl.where(seen, logits, -float("inf"))
+            out_ptrs = out_ptr + of[None, :].to(gl.int64) * s_kv + at[:, None]
+            gl.store(out_ptrs, logits, mask=(at < end)[:, None] & (of < end_q)[None, :])
+        done += tiles
+        request = n_request
+        first_q = n_first_q
+        begin = n_begin
+        end = n_end
+        lowest = n_lowest
+        tiles = n_tiles

@@ -12,6 +12,7 @@ from mlakit.indexer.hopper_config import (
     why_not_aligned,
     why_not_device,
     why_not_paged,
+    why_not_rows,
     why_not_topk,
 )
 
@@ -35,12 +36,19 @@ def run_indexer_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """What `mlakit::indexer_logits` does, without the dispatcher."""
-    from mlakit.indexer.triton_logits import launch_indexer_logits
-
     out = _empty_logits(q, k, k_scales, weights, k_start, k_end)
-    launch_indexer_logits(q, k, k_scales, weights, k_start, k_end, out)
+    tensors = (q, k, k_scales, weights, k_start, k_end, out)
+    if _is_hopper("indexer_logits", impl, q.device, lambda: why_not_rows(q, k) or why_not_aligned(q, k)):
+        from mlakit.indexer.hopper_launch import launch_indexer_logits_hopper
+
+        launch_indexer_logits_hopper(*tensors)
+    else:
+        from mlakit.indexer.triton_logits import launch_indexer_logits
+
+        launch_indexer_logits(*tensors)
     return out
 
 
@@ -52,6 +60,7 @@ def _empty_logits(
     weights: torch.Tensor,
     k_start: torch.Tensor | None,
     k_end: torch.Tensor | None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     return q.new_empty((q.shape[0], k.shape[0]), dtype=torch.float32)
 

@@ -39,7 +39,7 @@ def launch_slots_of(indices: torch.Tensor, block_table: torch.Tensor, page_size:
     if out.numel() == 0:
         return
     rows, k = indices.shape
-    blocks = triton.cdiv(k, _BLOCK)
+    blocks = -(-k // _BLOCK)
     key = (indices.shape, indices.stride(), block_table.stride(), page_size)
     tensors = (indices, block_table, out)
     if out.is_cuda and _SLOTS.again(key, out.device, tensors):
