@@ -25,8 +25,8 @@ class PagedConfig:
     num_warps: int
     num_stages: int
     resident: int = 1
-    ahead: bool = False
     branch: bool = True
+    max_registers: int | None = None
 
     def shared_bytes(self, head_dim: int) -> int:
         """An upper estimate of the shared memory of a program: a ring of keys and values, the queries, the weights, and
@@ -109,7 +109,7 @@ def _tiles_config(head_dim: int, capability: tuple[int, int]) -> PagedConfig:
     wide = padded_dim(head_dim) > 128
     if capability[0] == 9:
         # 256 columns with a branch around the mask: four registers spill with Triton 3.6.
-        candidates = [PagedConfig(128, 64, 8, 2, branch=False) if wide else PagedConfig(128, 64, 8, 3, ahead=True)]
+        candidates = [PagedConfig(128, 64, 8, 2, branch=False) if wide else PagedConfig(128, 64, 8, 3)]
     elif capability[0] == 10:
         candidates = [PagedConfig(64, 64, 8, 2)] if wide else [PagedConfig(128, 64, 8, 3)]
     elif wide:

@@ -104,7 +104,6 @@ def _attend(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
-    AHEAD: tl.constexpr,
     BRANCH: tl.constexpr,
 ):
     """The weighted sum of values, each row's sum of weights, and the maximum (in units of log2) that they refer to."""
@@ -142,34 +141,17 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if start < end:
         page = _look_up(table_ptr, start, last, PAGE_SIZE, BLOCK_N)
-        if AHEAD:
-            k_at = _offsets(page, start, last, stride_kp, stride_kt, PAGE_SIZE, BLOCK_N, WIDE)
+        for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+            k_at = _offsets(page, i, last, stride_kp, stride_kt, PAGE_SIZE, BLOCK_N, WIDE)
+            if SAME_STRIDES:
+                v_at = k_at
+            else:
+                v_at = _offsets(page, i, last, stride_vp, stride_vt, PAGE_SIZE, BLOCK_N, WIDE)
             k = _load_rows(k_ptr, k_at, cols, HEAD_DIM, BLOCK_D)
+            v = _load_rows(v_ptr, v_at, cols, HEAD_DIM, BLOCK_D)
+            page = _look_up(table_ptr, i + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
             s = tl.dot(q, tl.trans(k))
-            page_v = page
-            page = _look_up(table_ptr, start + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
-            for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-                k_at = _offsets(page, i + BLOCK_N, last, stride_kp, stride_kt, PAGE_SIZE, BLOCK_N, WIDE)
-                k = _load_rows(k_ptr, k_at, cols, HEAD_DIM, BLOCK_D)
-                v_at = _offsets(page_v, i, last, stride_vp, stride_vt, PAGE_SIZE, BLOCK_N, WIDE)
-                v = _load_rows(v_ptr, v_at, cols, HEAD_DIM, BLOCK_D)
-                page_v = _look_up(table_ptr, i + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
-                page = _look_up(table_ptr, i + 2 * BLOCK_N, last, PAGE_SIZE, BLOCK_N)
-                s_next = tl.dot(q, tl.trans(k))
-                acc, l, m = _add_keys(acc, l, m, s, v, scale_log2, i, visible, full, SMALL, BRANCH, BLOCK_N)
-                s = s_next
-        else:
-            for i in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-                k_at = _offsets(page, i, last, stride_kp, stride_kt, PAGE_SIZE, BLOCK_N, WIDE)
-                if SAME_STRIDES:
-                    v_at = k_at
-                else:
-                    v_at = _offsets(page, i, last, stride_vp, stride_vt, PAGE_SIZE, BLOCK_N, WIDE)
-                k = _load_rows(k_ptr, k_at, cols, HEAD_DIM, BLOCK_D)
-                v = _load_rows(v_ptr, v_at, cols, HEAD_DIM, BLOCK_D)
-                page = _look_up(table_ptr, i + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
-                s = tl.dot(q, tl.trans(k))
-                acc, l, m = _add_keys(acc, l, m, s, v, scale_log2, i, visible, full, SMALL, BRANCH, BLOCK_N)
+            acc, l, m = _add_keys(acc, l, m, s, v, scale_log2, i, visible, full, SMALL, BRANCH, BLOCK_N)
     if SMALL:
         l = tl.sum(l, 1)
     return acc, l, m

@@ -164,7 +164,6 @@ def _plan_call(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "STAGES": config.num_stages,
-            "AHEAD": config.ahead,
             "BRANCH": config.branch and device.capability is not None,
             "DEPENDENT": dependent and both,
         }
@@ -205,7 +204,6 @@ def _plan_call(
                 **paged,
                 **cut,
                 "STAGES": config.num_stages,
-                "AHEAD": config.ahead,
                 "BRANCH": config.branch and device.capability is not None,
                 "AFTER_TILES": both and dependent,
             },
@@ -251,4 +249,5 @@ def _last_offset(cache: torch.Tensor) -> int:
 
 
 def _options(config: PagedConfig) -> dict[str, Any]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options if config.max_registers is None else {**options, "maxnreg": config.max_registers}

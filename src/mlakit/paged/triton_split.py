@@ -72,7 +72,6 @@ def _paged_split_kernel(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
-    AHEAD: tl.constexpr,
     BRANCH: tl.constexpr,
     AFTER_TILES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -111,8 +110,7 @@ def _paged_split_kernel(
                 q_ptr, k_ptr, v_ptr, table_ptr, scale_log2,
                 stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_tb,
                 request, q_start, q_len, length, kv_head, first_row, first_tile * BLOCK_N, end_tile * BLOCK_N, capacity,
-                CAUSAL, GROUP, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, WIDE, SAME_STRIDES, AHEAD,
-                BRANCH,
+                CAUSAL, GROUP, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, WIDE, SAME_STRIDES, BRANCH,
             )  # fmt: skip
             if partial >= 0:
                 block = partial.to(tl.int64) * (kv_heads * row_tiles) + lane

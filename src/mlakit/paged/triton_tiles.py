@@ -67,7 +67,6 @@ def _paged_tiles_kernel(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
-    AHEAD: tl.constexpr,
     BRANCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -94,7 +93,7 @@ def _paged_tiles_kernel(
         q_ptr, k_ptr, v_ptr, table_ptr, scale_log2,
         stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_tb,
         request, q_start, q_len, length, kv_head, first_row, 0, capacity, capacity,
-        CAUSAL, GROUP, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, WIDE, SAME_STRIDES, AHEAD, BRANCH,
+        CAUSAL, GROUP, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES, WIDE, SAME_STRIDES, BRANCH,
     )  # fmt: skip
     _store_rows(
         acc, l, m, out_ptr, lse_ptr, stride_ot, stride_oh, kv_heads * GROUP,
