@@ -58,6 +58,13 @@ def overwritten_operands(sass: str) -> list[str]:
     return found
 
 
+def before_votes(sass: str) -> list[list[str]]:
+    """The instructions since the last branch, where all of a warp must say that its weights are good."""
+    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass)
+    votes = [i for i, name in enumerate(names) if name == "VOTE.ALL"]
+    return [names[max(i for i in range(vote) if names[i] == "BRA") : vote] for vote in votes]
+
+
 # DeepSeek's dims with the keys in two parts and in one, and the narrowest: one part, values of half the columns.
 @pytest.mark.parametrize(
     ("nope", "rope", "v_dim", "causal", "apart"),
@@ -76,6 +83,10 @@ def test_products_run_side_by_side_and_nothing_spills(nope, rope, v_dim, causal,
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", kernel.sass)) <= 10
     assert overwritten_operands(kernel.sass) == []
     assert "UTMALDG" in kernel.sass
+    # In a loop and at a tile's end for each warpgroup: exponentials, and nothing of a maximum.
+    votes = before_votes(kernel.sass)
+    assert [names.count("MUFU.EX2") for names in votes] == [64] * 4
+    assert not [name for names in votes for name in names if name.startswith(("FMNMX", "SHFL"))]
 
 
 def test_overwritten_operands_are_found():
