@@ -7,7 +7,7 @@ import torch
 
 from mlakit.cli.main import main
 from mlakit.studies import fast_path
-from mlakit.studies.fast_path_report import Row, Variant, conclusion, format_row, header
+from mlakit.studies.fast_path_report import Row, Variant, cells, conclusion, table
 
 
 def _row(seq_len, original, optimized, fused=None, memory=(100.0, 80.0, 50.0)) -> Row:
@@ -126,9 +126,9 @@ def test_running_out_of_memory_is_a_cell(small, replace_attend, capsys):
 
 
 def test_a_line_of_the_table():
-    titles = [cell.strip() for cell in next(header()).split("|")]
-    cells = [cell.strip() for cell in format_row(_row(64, 3.0, 2.0, 1.0)).split("|")]
-    assert dict(zip(titles, cells, strict=True)) == {
+    titles = [cell.strip() for cell in next(table().head()).split("|")]
+    line = table().line(cells(_row(64, 3.0, 2.0, 1.0)))
+    assert dict(zip(titles, [cell.strip() for cell in line.split("|")], strict=True)) == {
         "Sequence Length": "64",
         "Batch Size": "32",
         "Original (ms)": "3.0000",

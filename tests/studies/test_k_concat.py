@@ -8,11 +8,12 @@ import torch
 from mlakit.studies import k_concat
 from mlakit.studies.k_concat_report import (
     StudyRow,
+    banner,
+    cells,
     conclusion,
-    format_row,
-    header,
     memory_table,
     summary,
+    table,
 )
 from mlakit.studies.method_rows import MethodResult
 
@@ -45,21 +46,23 @@ def test_the_methods_of_the_seed_agree_and_can_be_timed():
 
 
 def test_the_table_has_the_seeds_banner_and_columns():
-    lines = list(header("bfloat16", 128, 128, 64, with_triton=False))
+    lines = [*banner("bfloat16", 128, 128, 64), *table(with_triton=False).head()]
     assert lines[0] == lines[2] == "=" * 80
     assert lines[1] == "Benchmark: torch.cat vs direct copy for MLA k_nope/k_pe concatenation"
     assert lines[3:5] == ["Tensor shapes: k_nope=[B, 128, 128], k_pe=[B, 1, 64]", "dtype: bfloat16"]
     columns = [cell.strip() for cell in lines[6].split("|")]
     assert columns == ["Batch Size", "cat (ms)", "direct (ms)", "Speedup", "Reduction"]
-    cells = [cell.strip() for cell in format_row(_row(64, 3e-3, 2e-3), with_triton=False).split("|")]
-    assert cells == ["64", "3.0000", "2.0000", "1.50x", "33.3%"]
+    assert lines[7] == "-" * 70
+    line = table(with_triton=False).line(cells(_row(64, 3e-3, 2e-3)))
+    assert [cell.strip() for cell in line.split("|")] == ["64", "3.0000", "2.0000", "1.50x", "33.3%"]
 
 
 def test_the_kernels_columns():
     # 64 tokens move 64 * (128 * 128 + 64 + 128 * 192) * 2 bytes = 5.25 MB: in 2.5 us that is 2.1 TB/s of 4.
-    titles = [cell.strip() for cell in list(header("bfloat16", 128, 128, 64, with_triton=True))[6].split("|")]
-    cells = [cell.strip() for cell in format_row(_row(64, 5e-6, 4e-6, 2.5e-6), with_triton=True).split("|")]
-    assert dict(zip(titles[5:], cells[5:], strict=True)) == {
+    shown = table(with_triton=True)
+    lines = next(shown.head()), shown.line(cells(_row(64, 5e-6, 4e-6, 2.5e-6)))
+    titles, found = ([cell.strip() for cell in line.split("|")] for line in lines)
+    assert dict(zip(titles[5:], found[5:], strict=True)) == {
         "mlakit (ms)": "0.0025",
         "Over cat": "2.00x",
         "TB/s": "2.10",
@@ -68,8 +71,7 @@ def test_the_kernels_columns():
 
 
 def test_a_method_without_a_time_says_why():
-    cells = [cell.strip() for cell in format_row(_row(64, 3e-3, None), with_triton=False).split("|")]
-    assert cells == ["64", "3.0000", "out of memory", "-", "-"]
+    assert cells(_row(64, 3e-3, None))[:5] == ["64", "3.0000", "out of memory", "-", "-"]
 
 
 def test_the_summary_is_of_what_was_measured():

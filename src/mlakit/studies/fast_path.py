@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlakit.bench.files import output_file
+from mlakit.bench.table import make_console
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import progress, run_study
-from mlakit.studies.fast_path_report import Row, Variant, conclusion, csv_text, format_row, header
+from mlakit.studies.fast_path_report import Row, Variant, cells, conclusion, csv_text, table
 from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
 
 if TYPE_CHECKING:
@@ -207,12 +208,13 @@ def run(args: argparse.Namespace) -> int:
         earlier = go_on(kept, args.output_json, record)
         rows = [Row.from_json(row) for row in earlier["rows"]]
         missing = [seq_len for seq_len in lengths if seq_len not in {row.seq_len for row in rows}]
-        print("\n".join([*header(), *map(format_row, rows)]), flush=True)
+        shown = table(make_console().width)
+        print("\n".join([*shown.head(), *(shown.line(cells(row)) for row in rows)]), flush=True)
         with resumable(args.output_json), progress(len(missing), quiet=args.quiet) as begin:
             for seq_len in missing:
                 begin(f"{seq_len} tokens")
                 rows.append(measure_length(layers, options, batch, seq_len, mask, models))
-                print(format_row(rows[-1]), flush=True)
+                print(shown.line(cells(rows[-1])), flush=True)
                 if args.output_json:
                     record |= {"complete": len(rows) == len(lengths), "rows": [row.as_json() for row in rows]}
                     write_atomically(args.output_json, json.dumps(record, indent=1, allow_nan=False) + "\n")

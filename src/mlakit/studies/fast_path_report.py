@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from mlakit.bench.table import PIPE_WIDTH
 from mlakit.bench.units import three
+from mlakit.studies.fitted_table import LineTable
 
 
 @dataclass
@@ -76,27 +78,25 @@ class Row:
 
 
 _COLUMNS = (
-    ("Sequence Length", 15),
-    ("Batch Size", 10),
-    ("Original (ms)", 13),
-    ("Optimized (ms)", 14),
-    ("Speedup", 8),
-    ("Memory Reduction", 16),
-    ("Fused (ms)", 13),
-    ("Fused Speedup", 13),
+    ("Sequence Length", 15, 0),
+    ("Batch Size", 10, 3),
+    ("Original (ms)", 13, 0),
+    ("Optimized (ms)", 14, 0),
+    ("Speedup", 8, 1),
+    ("Memory Reduction", 16, 4),
+    ("Fused (ms)", 13, 2),
+    ("Fused Speedup", 13, 5),
 )
 
 
-def header() -> Iterator[str]:
-    """The head of the table."""
-    head = " | ".join(f"{title:>{width}}" for title, width in _COLUMNS)
-    yield head
-    yield "-" * len(head)
+def table(width: int = PIPE_WIDTH) -> LineTable:
+    """The table, as wide as there is room."""
+    return LineTable(_COLUMNS, width)
 
 
-def format_row(row: Row) -> str:
-    """One line of the table; a variant without a time says why."""
-    cells = [
+def cells(row: Row) -> list[str]:
+    """A line's cells; a variant without a time says why."""
+    return [
         str(row.seq_len),
         str(row.batch),
         _time(row, "original"),
@@ -106,7 +106,6 @@ def format_row(row: Row) -> str:
         _time(row, "fused"),
         _factor(row.speedup("fused")),
     ]
-    return " | ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
 
 
 def _time(row: Row, name: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mlakit.bench.table import make_console
 from mlakit.studies.checkpoint import go_on, read_earlier, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
@@ -29,7 +30,7 @@ from mlakit.studies.k_concat_options import (
 from mlakit.studies.k_concat_options import NUM_HEADS as NUM_HEADS
 from mlakit.studies.k_concat_options import PE_DIM as PE_DIM
 from mlakit.studies.k_concat_options import QK_NOPE_HEAD_DIM as QK_NOPE_HEAD_DIM
-from mlakit.studies.k_concat_report import StudyRow, conclusion, format_row, header, memory_table, summary
+from mlakit.studies.k_concat_report import StudyRow, banner, cells, conclusion, memory_table, summary, table
 from mlakit.studies.method_rows import MethodResult
 
 if TYPE_CHECKING:
@@ -202,9 +203,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(options: Options, copy_rate: float | None, rows: list[StudyRow], save: Callable[[], None]) -> Iterator[str]:
     """The lines to print, while `rows` grows by what is not in it yet; `save` is called after each row."""
-    with_triton = copy_rate is not None
+    shown = table(copy_rate is not None, make_console().width)
     for dtype in options.dtypes:
-        yield from header(dtype, options.heads, options.nope, options.rope, with_triton)
+        yield from banner(dtype, options.heads, options.nope, options.rope)
+        yield from shown.head()
         mine = []
         for batch in options.batch_sizes:
             row = next((row for row in rows if (row.dtype, row.batch) == (dtype, batch)), None)
@@ -213,7 +215,7 @@ def _report(options: Options, copy_rate: float | None, rows: list[StudyRow], sav
                 rows.append(row)
                 save()
             mine.append(row)
-            yield format_row(row, with_triton)
+            yield shown.line(cells(row))
         yield from summary(mine)
         yield from memory_table(mine)
         yield from conclusion(mine)

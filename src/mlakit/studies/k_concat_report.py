@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlakit.bench.table import PIPE_WIDTH
 from mlakit.bench.units import three
+from mlakit.studies.fitted_table import LineTable
 from mlakit.studies.method_rows import MethodRow
 
 _MIB = 2**20
@@ -65,47 +67,53 @@ class StudyRow(MethodRow):
         return {**asdict(self), **derived, "methods": methods}
 
 
-def header(dtype: str, heads: int, nope: int, rope: int, with_triton: bool) -> Iterator[str]:
-    """The banner of a dtype and the head of its table."""
+_COLUMNS = (
+    ("Batch Size", 11, 0),
+    ("cat (ms)", 10, 0),
+    ("direct (ms)", 12, 0),
+    ("Speedup", 8, 1),
+    ("Reduction", 9, 3),
+)
+_KERNEL = (("mlakit (ms)", 12, 0), ("Over cat", 8, 2), ("TB/s", 5, 4), ("Of copy", 7, 5))
+
+
+def table(with_triton: bool, width: int = PIPE_WIDTH) -> LineTable:
+    """A dtype's table, with the kernel's columns if it ran, as wide as there is room."""
+    return LineTable((*_COLUMNS, *_KERNEL) if with_triton else _COLUMNS, width, least_rule=70)
+
+
+def banner(dtype: str, heads: int, nope: int, rope: int) -> Iterator[str]:
+    """What stands above a dtype's table."""
     yield "=" * 80
     yield "Benchmark: torch.cat vs direct copy for MLA k_nope/k_pe concatenation"
     yield "=" * 80
     yield f"Tensor shapes: k_nope=[B, {heads}, {nope}], k_pe=[B, 1, {rope}]"
     yield f"dtype: {dtype}"
     yield ""
-    head = f"{'Batch Size':>11} | {'cat (ms)':>10} | {'direct (ms)':>12} | {'Speedup':>8} | {'Reduction':>9}"
-    if with_triton:
-        head += f" | {'mlakit (ms)':>12} | {'Over cat':>8} | {'TB/s':>5} | {'Of copy':>7}"
-    yield head
-    yield "-" * max(len(head), 70)
 
 
-def format_row(row: StudyRow, with_triton: bool) -> str:
-    """One line of the table; a method without a time says why."""
+def cells(row: StudyRow) -> list[str]:
+    """A line's cells, the kernel's included; a method without a time says why."""
     speedup = row.speedup("direct_copy")
-    cells = [
-        f"{row.batch:>11}",
-        _time(row, "cat", 10),
-        _time(row, "direct_copy", 12),
-        f"{speedup:>7.2f}x" if speedup else f"{'-':>8}",
-        f"{(1 - 1 / speedup) * 100:>8.1f}%" if speedup else f"{'-':>9}",
+    over, rate, fraction = row.speedup("triton"), row.rate("triton"), row.fraction_of_copy("triton")
+    return [
+        str(row.batch),
+        _time(row, "cat"),
+        _time(row, "direct_copy"),
+        f"{speedup:.2f}x" if speedup else "-",
+        f"{(1 - 1 / speedup) * 100:.1f}%" if speedup else "-",
+        _time(row, "triton"),
+        f"{over:.2f}x" if over else "-",
+        f"{rate / 1e12:.2f}" if rate else "-",
+        f"{fraction:.2f}" if fraction else "-",
     ]
-    if with_triton:
-        over, rate, fraction = row.speedup("triton"), row.rate("triton"), row.fraction_of_copy("triton")
-        cells += [
-            _time(row, "triton", 12),
-            f"{over:>7.2f}x" if over else f"{'-':>8}",
-            f"{rate / 1e12:>5.2f}" if rate else f"{'-':>5}",
-            f"{fraction:>7.2f}" if fraction else f"{'-':>7}",
-        ]
-    return " | ".join(cells)
 
 
-def _time(row: StudyRow, method: str, width: int) -> str:
+def _time(row: StudyRow, method: str) -> str:
     result = row.methods.get(method)
     if result is None or result.mean is None:
-        return f"{(result.reason if result else '') or '-':>{width}}"
-    return f"{result.mean * 1e3:>{width}.4f}"
+        return (result.reason if result else "") or "-"
+    return f"{result.mean * 1e3:.4f}"
 
 
 def summary(rows: Sequence[StudyRow]) -> Iterator[str]:
