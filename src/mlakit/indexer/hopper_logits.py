@@ -209,6 +209,7 @@ def _indexer_logits_hopper_kernel(
         )
         n_tiles = gl.where(more, n_tiles, 0)
         after = (r + 1) & 1
+        _barrier()  # all warps have waited for the queries that lay there, also where no tile followed
         mbarrier.expect(full_q.index(after), COLUMNS * DIM, pred=more)
         tma.async_copy_global_to_shared(
             q_desc, [n_first_q * HEADS, 0], full_q.index(after), queries.index(after), pred=more
