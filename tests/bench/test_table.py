@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mlakit.bench.columns import PIPE_WIDTH
 from mlakit.bench.config import BenchmarkConfig
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult, CheckRow, LimitRow, TimingRow
-from mlakit.bench.table import PIPE_WIDTH, comparison_key, group_rows, make_console, print_table
+from mlakit.bench.table import comparison_key, group_rows, make_console, print_table
 
 CHECK = CheckRow(max_error=1e-3, max_error_allowed=2e-3, rms_error=1e-4, rms_error_allowed=2e-4, cosine_distance=0)
 COLUMNS = [

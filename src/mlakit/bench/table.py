@@ -9,11 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mlakit.bench.batch_spec import get_batch_type
+from mlakit.bench.columns import PIPE_WIDTH, fit
 from mlakit.bench.grouping import grouped
 from mlakit.bench.results import STATUS_WORDS, BenchmarkResult
 from mlakit.bench.units import percent, rate, seconds, three
-
-PIPE_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -169,17 +168,6 @@ def _fit(columns: Sequence[_Column], lines: Sequence[Sequence[str]], width: int)
     """Indices of the columns that fit into `width`."""
     widths = [max(len(c.title), *(len(line[i]) for line in lines)) for i, c in enumerate(columns)]
     return fit(widths, [c.keep for c in columns], width)
-
-
-def fit(widths: Sequence[int], keep: Sequence[int], width: int) -> list[int]:
-    """Indices of the columns of a table that fit into `width`: those with the highest `keep` go first, and 0 stays."""
-    kept = list(range(len(widths)))
-    while sum(widths[i] + 3 for i in kept) - 3 > width:  # rich sets columns three apart
-        droppable = [i for i in kept if keep[i] > 0]
-        if not droppable:
-            break
-        kept.remove(max(droppable, key=lambda i: keep[i]))
-    return kept
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlakit.bench.columns import fit
 from mlakit.bench.files import write_atomically
-from mlakit.bench.table import fit
 from mlakit.bench.units import percent, seconds, three
 from mlakit.report.compare import OUTCOMES, Comparison, Outcome, Pair, label_of
 from mlakit.report.load import LoadedRecord, Measurement

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlakit.bench.files import output_file
-from mlakit.bench.table import make_console
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, cells, conclusion, csv_text, table
@@ -164,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     lengths = whole_numbers("--seq-lengths", args.seq_lengths or SEQ_LENGTHS)
     make = parse_baseline(args.baseline)
     from mlakit.bench.files import write_atomically
+    from mlakit.bench.table import make_console
     from mlakit.hardware import device_info
     from mlakit.studies.cpu_threads import steady_threads
     from mlakit.studies.layer_steps import Layers, stamp

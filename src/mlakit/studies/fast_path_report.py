@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from mlakit.bench.table import PIPE_WIDTH
+from mlakit.bench.columns import PIPE_WIDTH
 from mlakit.bench.units import three
-from mlakit.studies.fitted_table import LineTable
+from mlakit.studies.line_table import LineTable
 
 
 @dataclass

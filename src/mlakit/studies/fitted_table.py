@@ -1,6 +1,6 @@
-"""Tables that leave out columns rather than break words: where room is short, those that matter least."""
+"""A table that leaves out columns rather than break words: where room is short, those that matter least."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlakit.bench.table import PIPE_WIDTH, fit
+from mlakit.bench.columns import fit
 
 
 @dataclass(frozen=True)
@@ -18,30 +18,6 @@ class Column:
     title: str
     keep: int = 0
     right: bool = True
-
-
-@dataclass(frozen=True)
-class LineTable:
-    """A table that is printed line by line, while its rows are measured: (title, width, keep) of each column."""
-
-    columns: Sequence[tuple[str, int, int]]
-    width: int = PIPE_WIDTH
-    least_rule: int = 0
-
-    @property
-    def _kept(self) -> list[int]:
-        return fit([width for _, width, _ in self.columns], [keep for *_, keep in self.columns], self.width)
-
-    def head(self) -> Iterator[str]:
-        """Which columns there is no room for, if any; the titles, and a rule."""
-        if left_out := [title for i, (title, *_) in enumerate(self.columns) if i not in self._kept]:
-            yield f"(left out for want of room: {', '.join(left_out)})"
-        yield (head := self.line([title for title, *_ in self.columns]))
-        yield "-" * min(max(len(head), self.least_rule), self.width)
-
-    def line(self, cells: Sequence[str]) -> str:
-        """A row, of the cells of all columns, those left out included."""
-        return " | ".join(f"{cells[i]:>{self.columns[i][1]}}" for i in self._kept)
 
 
 def print_fitted(

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mlakit.bench.table import make_console
 from mlakit.studies.checkpoint import go_on, read_earlier, resumable
 from mlakit.studies.command import run_study
 from mlakit.studies.cpu_threads import steady_threads
@@ -203,6 +202,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(options: Options, copy_rate: float | None, rows: list[StudyRow], save: Callable[[], None]) -> Iterator[str]:
     """The lines to print, while `rows` grows by what is not in it yet; `save` is called after each row."""
+    from mlakit.bench.table import make_console
+
     shown = table(copy_rate is not None, make_console().width)
     for dtype in options.dtypes:
         yield from banner(dtype, options.heads, options.nope, options.rope)

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlakit.bench.table import PIPE_WIDTH
+from mlakit.bench.columns import PIPE_WIDTH
 from mlakit.bench.units import three
-from mlakit.studies.fitted_table import LineTable
+from mlakit.studies.line_table import LineTable
 from mlakit.studies.method_rows import MethodRow
 
 _MIB = 2**20

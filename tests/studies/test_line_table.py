@@ -1,10 +1,10 @@
-"""Tables that leave out columns where room is short."""
+"""Tables that grow line by line, where room is short."""
 
 import pytest
 
-from mlakit.bench.table import PIPE_WIDTH
+from mlakit.bench.columns import PIPE_WIDTH
 from mlakit.studies import fast_path_report, k_concat_report
-from mlakit.studies.fitted_table import LineTable
+from mlakit.studies.line_table import LineTable
 
 TABLES = {
     "fast-path": fast_path_report.table,
