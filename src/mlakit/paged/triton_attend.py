@@ -57,10 +57,8 @@ def _add_keys(
         limit = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [visible - first], tl.int32, False, 1)
         s = tl.where((tl.arange(0, BLOCK_N))[None, :] < limit[:, None], s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    # A row that has seen no key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
-    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(s * scale_log2 - shift[:, None])
-    alpha = tl.exp2(m - shift)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
     if SMALL:
         l = l * alpha[:, None] + p
     else:
@@ -133,7 +131,7 @@ def _attend(
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
 
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    m = tl.full([BLOCK_M], -1.0e30, tl.float32)  # finite, so that a row that has seen no key yet gives no inf - inf
     if SMALL:  # summed over keys at the end: a sum over warps in each tile would cost a round trip
         l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     else:
