@@ -60,11 +60,15 @@ def test_many_heads() -> None:
         assert sum("WARPGROUP.ARRIVE" in text for text in body) <= 24
 
 
-def test_rows_with_scales_of_their_own() -> None:
-    kernel = compile_fp8(1, 16, packed=True)
+# 16 query rows for several requests and for one, of one page a tile and of four.
+@pytest.mark.parametrize(("q_len", "heads", "batch", "page_size"), [(1, 16, 4, 64), (2, 8, 1, 16)])
+def test_rows_with_scales_of_their_own(q_len: int, heads: int, batch: int, page_size: int) -> None:
+    kernel = compile_fp8(q_len, heads, page_size, batch, packed=True)
     assert kernel.name == "_mla_decode_rows_kernel"
     assert 2 * (kernel.shared_bytes + 1024) <= SHARED_LIMIT + 1024
     body = loops(kernel.sass)[0]
     assert sum("HGMMA" in text for text in body) == 68  # 64 of codes from registers, 4 of rope parts
     assert sum("LDSM" in text for text in body) == 32
+    assert sum("WARPGROUP.ARRIVE" in text for text in body) <= 17  # more of them: products that wait for one another
     assert not any("STL" in text or "LDL" in text for text in body)
+    assert kernel.spills <= 96  # around the loop; 35 of one page a tile
