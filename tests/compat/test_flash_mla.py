@@ -8,6 +8,7 @@ import torch
 import mlakit.compat.flash_mla as flash_mla
 from mlakit.cache import pack_fp8
 from mlakit.decode import mla_decode_reference
+from mlakit.prefill import mla_prefill_reference
 from mlakit.sparse import mla_sparse_decode_reference, mla_sparse_prefill_reference
 from mlakit.testing import PagedCache, random_paged_cache
 
@@ -136,3 +137,43 @@ def test_sparse_prefill() -> None:
     torch.testing.assert_close(max_logits, expected[1])
     torch.testing.assert_close(lse[:2], expected[2][:2])
     assert (lse[2] == torch.inf).all()
+
+
+def test_sparse_prefill_has_no_second_lse() -> None:
+    q, kv = torch.randn(2, 3, LATENT), torch.randn(5, 1, LATENT)
+    indices = torch.zeros(2, 1, 4, dtype=torch.int32)
+    assert len(flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.1, RANK, indexer_topk=0)) == 3
+    with pytest.raises(NotImplementedError, match="indexer_topk must be 0, got 512"):
+        flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.1, RANK, indexer_topk=512)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_prefill_and_its_packed_forms(causal: bool) -> None:
+    """Two sequences, one with more keys than queries where they may differ; keys and values of other widths."""
+    qk, dv, heads = 24, 16, 2
+    lens = torch.tensor([0, 3, 8], dtype=torch.int32)
+    longer = torch.tensor([0, 5, 10], dtype=torch.int32)
+    qkv, kv = torch.randn(8, heads, 2 * qk + dv), torch.randn(10, heads, qk + dv)
+    q = qkv[..., :qk].clone().requires_grad_()
+    out, lse = flash_mla.flash_attn_varlen_func(q, kv[..., :qk], kv[..., qk:], lens, longer, 5, 5, 0.0, None, causal)
+    expected, expected_lse = mla_prefill_reference(
+        q.double(), kv[..., :qk].double(), kv[..., qk:].double(), lens, longer, softmax_scale=qk**-0.5, causal=causal
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert lse.shape == (8, heads)
+    out.sum().backward()
+    assert q.grad is not None
+    packed, _ = flash_mla.flash_attn_varlen_kvpacked_func(q, kv, lens, longer, 5, 5, qk, causal=causal)
+    torch.testing.assert_close(packed, out)
+    packed, _ = flash_mla.flash_attn_varlen_qkvpacked_func(qkv, lens, 5, qk, softmax_scale=0.3, causal=causal)
+    parts = qkv.split((qk, qk, dv), -1)
+    apart, _ = flash_mla.flash_attn_varlen_func(
+        parts[0], parts[1], parts[2], lens, lens, 5, 5, softmax_scale=0.3, causal=causal
+    )
+    torch.testing.assert_close(packed, apart)
+    for dropout, deterministic in ((0.1, False), (0.0, True)):
+        with pytest.raises(ValueError, match="dropout_p must be 0 and deterministic False"):
+            flash_mla.flash_attn_varlen_kvpacked_func(
+                q, kv, lens, longer, 5, 5, qk, dropout, deterministic=deterministic
+            )

@@ -3,15 +3,18 @@
 Signatures, defaults and conventions are FlashMLA's (flash_mla/flash_mla_interface.py of April 2026): a cache with a
 head dimension, `softmax_scale` 1/sqrt(q's last dimension) unless given, no causal mask unless asked for, lse as
 [batch, num_heads, q_len] with +inf where a row sees no key. Scheduling metadata is not needed here; what older and
-newer callers pass is accepted and not read.
+newer callers pass is accepted and not read. FlashMLA's dense prefill is for SM100; here it runs wherever `mla_prefill`
+does.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mlakit.decode import mla_decode
 from mlakit.hardware import device_info
+from mlakit.prefill import mla_prefill
 from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill
 
 # Of an older FlashMLA: what a row of its scheduling table holds.
@@ -154,6 +157,7 @@ def flash_mla_sparse_fwd(
     attn_sink: torch.Tensor | None = None,
     topk_length: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    indexer_topk: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend from each query token to the keys that its indices name (sparse prefill).
 
@@ -166,6 +170,7 @@ def flash_mla_sparse_fwd(
         attn_sink: [h_q] float32: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)).
         topk_length: [s_q] int32: only the first so many indices of a token are used.
         out: written instead of a new tensor, [s_q, h_q, d_v].
+        indexer_topk: a second log-sum-exp, of the first so many indices, which is not here: leave it 0.
 
     Returns:
         out [s_q, h_q, d_v], and max_logits and lse [s_q, h_q] float32, natural log; a row without a key gives zeros,
@@ -173,11 +178,89 @@ def flash_mla_sparse_fwd(
 
     Raises:
         ValueError: a wrong shape, dtype or device.
+        NotImplementedError: an indexer_topk.
     """
+    if indexer_topk:
+        raise NotImplementedError(f"flash_mla_sparse_fwd: indexer_topk must be 0, got {indexer_topk!r}")
     result, max_logits, lse = mla_sparse_prefill(
         q, kv, indices, softmax_scale=sm_scale, d_v=d_v, attn_sink=attn_sink, topk_length=topk_length, out=out
     )
     return result, max_logits, _plus_inf_if_empty(lse)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend within each of several sequences laid end to end (dense prefill); differentiable in q, k and v.
+
+    Args:
+        q: [tokens, num_heads_q, head_dim_qk], bfloat16 or float16.
+        k: [keys, num_heads_kv, head_dim_qk]; num_heads_q is a multiple of num_heads_kv.
+        v: [keys, num_heads_kv, head_dim_v].
+        cu_seqlens_qo: [batch + 1] int32: where each sequence of queries begins, and the last one ends.
+        cu_seqlens_kv: [batch + 1] int32, the same for keys.
+        max_seqlen_qo: the longest sequence of queries; only how the work is cut depends on it.
+        max_seqlen_kv: not read.
+        dropout_p: 0, as in FlashMLA.
+        softmax_scale: multiplies the scores; 1/sqrt(head_dim_qk) by default.
+        causal: bottom-right aligned mask; off by default.
+        deterministic: False, as in FlashMLA.
+        is_varlen: not read.
+
+    Returns:
+        out [tokens, num_heads_q, head_dim_v] in q's dtype, and lse [tokens, num_heads_q] float32, natural log; a row
+        without a key gives zeros and -inf.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or dropout_p or deterministic given.
+    """
+    if dropout_p or deterministic:
+        raise ValueError(
+            f"dropout_p must be 0 and deterministic False, as in FlashMLA, got {dropout_p!r} and {deterministic!r}"
+        )
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return mla_prefill(
+        q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale=scale, causal=causal, max_seqlen_q=max_seqlen_qo
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, head_dim_qk: int, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` of qkv [tokens, num_heads, 2 * head_dim_qk + head_dim_v]: queries, keys and values side
+    by side, read as they lie. The further arguments are that one's from `dropout_p` on.
+    """
+    q, k, v = qkv.split((head_dim_qk, head_dim_qk, qkv.shape[-1] - 2 * head_dim_qk), dim=-1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` of kv [keys, num_heads_kv, head_dim_qk + head_dim_v]: keys and values side by side, read
+    as they lie. The further arguments are that one's from `dropout_p` on.
+    """
+    k, v = kv.split((head_dim_qk, kv.shape[-1] - head_dim_qk), dim=-1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, *args, **kwargs)
 
 
 def _plus_inf_if_empty(lse: torch.Tensor) -> torch.Tensor:
