@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlakit import dispatch
 from mlakit.decode import mla_decode
-from mlakit.dispatch import check_shape, choose_triton, unobserved, which_impl, why_not_triton
+from mlakit.dispatch import check_dtype, check_shape, choose_triton, unobserved, which_impl, why_not_triton
 from mlakit.hardware import DeviceInfo, pretend
+from mlakit.paged import paged_attention
 from mlakit.prefill import mla_prefill
+from mlakit.sparse import mla_sparse_decode, mla_sparse_prefill
 
 
 class _Mode(TorchDispatchMode):
@@ -131,3 +133,34 @@ def test_which_impl_of_decode_on_hopper(latent_dim, expected):
         table, lens = torch.empty((64, 64), dtype=torch.int32), torch.empty(64, dtype=torch.int32)
         found = which_impl(mla_decode, q, cache, table, lens, softmax_scale=0.1, kv_lora_rank=latent_dim - 64)
     assert found == expected
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match="seq_lens must be a tensor, got list"):
+        check_shape("seq_lens", [3, 4], (2,))
+    array = torch.zeros(2).numpy()
+    with pytest.raises(ValueError, match=r"x must be torch\.float32, got ndarray"):
+        check_dtype("x", array, torch.float32)
+    with pytest.raises(ValueError, match="x must be a tensor, got NoneType"):
+        check_dtype("x", None, torch.float32)
+    with pytest.raises(ValueError, match=r"x must be torch\.float32, got torch\.float64"):
+        check_dtype("x", torch.zeros(2).double(), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("ask", [lambda call, *args, **options: call(*args, **options), which_impl])
+def test_a_scale_that_turns_scores_round_is_refused(ask, scale):
+    q, cache, table = torch.zeros(1, 1, 2, 80), torch.zeros(1, 4, 80), torch.zeros(1, 1, dtype=torch.int32)
+    lens, bounds = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    k, indices = torch.zeros(1, 2, 80), torch.zeros(1, 1, 1, dtype=torch.int32)
+    calls = (
+        (mla_decode, (q, cache, table, lens), {"kv_lora_rank": 64}),
+        (mla_prefill, (q[0], k, k, bounds, bounds), {}),
+        (mla_sparse_prefill, (q[0], k[:, :1], indices), {"d_v": 64}),
+        (mla_sparse_decode, (q, cache, indices), {"kv_lora_rank": 64}),
+        (paged_attention, (q[0], cache[:, :, None], cache[:, :, None], table, lens, bounds), {}),
+    )
+    for call, args, options in calls:
+        with pytest.raises(ValueError, match=f"softmax_scale must be positive and finite, got {scale}"):
+            ask(call, *args, softmax_scale=scale, **options)
+        assert ask(call, *args, softmax_scale=0.1, **options)

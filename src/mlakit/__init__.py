@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from mlakit.bench.batch_spec import get_batch_stats as get_batch_stats
     from mlakit.bench.batch_spec import get_batch_type as get_batch_type
     from mlakit.bench.batch_spec import parse_batch_spec as parse_batch_spec
+    from mlakit.bench.config import BenchmarkConfig as BenchmarkConfig
+    from mlakit.bench.formatter import ResultsFormatter as ResultsFormatter
+    from mlakit.bench.results import BenchmarkResult as BenchmarkResult
+    from mlakit.bench.runner import run_mla_benchmark as run_mla_benchmark
     from mlakit.cache import append_latent as append_latent
     from mlakit.cache import gather_latent as gather_latent
     from mlakit.concat import concat_k as concat_k

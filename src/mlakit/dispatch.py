@@ -1,6 +1,7 @@
 """Choosing an implementation, and refusing one in words: shared by every operation's `api.py`."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -144,9 +145,12 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]
     """Require a shape; a string in `expected` names a dimension that may have any size.
 
     Raises:
-        ValueError: naming the tensor, the expected and the actual shape.
+        ValueError: naming the tensor, the expected and the actual shape; or what is there in its place.
     """
-    actual = tensor.shape
+    try:
+        actual = tensor.shape
+    except AttributeError:
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}") from None
     fits = len(actual) == len(expected)
     for want, got in zip(expected, actual, strict=False):  # no generator: this runs several times a call
         fits = fits and (isinstance(want, str) or want == got)
@@ -160,8 +164,23 @@ def check_dtype(name: str, tensor: torch.Tensor, *expected: torch.dtype) -> None
     Raises:
         ValueError: naming the tensor, the expected and the actual dtype.
     """
-    if tensor.dtype not in expected:
-        raise ValueError(f"{name} must be {' or '.join(map(str, expected))}, got {tensor.dtype}")
+    try:
+        actual = tensor.dtype
+    except AttributeError:
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}") from None
+    if actual not in expected:
+        got = actual if isinstance(tensor, torch.Tensor) else type(tensor).__name__  # NumPy's arrays have one too
+        raise ValueError(f"{name} must be {' or '.join(map(str, expected))}, got {got}")
+
+
+def check_scale(softmax_scale: float) -> None:
+    """Require a factor for scores that leaves their order as it is.
+
+    Raises:
+        ValueError: it is not above zero, or not finite.
+    """
+    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
 
 
 def check_device(name: str, tensor: torch.Tensor, expected: torch.device) -> None:

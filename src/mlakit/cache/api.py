@@ -58,6 +58,7 @@ def append_latent(
     Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; DeepSeek-V3, inference/model.py; FlashMLA for the 656-byte row.
     """
     check_shape("norm_weight", norm_weight, ("kv_lora_rank",))
+    check_dtype("norm_weight", norm_weight, *_FLOATS)
     check_shape("kv", kv, ("T", "kv_lora_rank + rope"))
     check_dtype("kv", kv, *_FLOATS)
     check_last_dim_contiguous("kv", kv)
@@ -142,7 +143,8 @@ def gather_latent(
         [total, kv_lora_rank + rope], contiguous. No gradient flows to the cache.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or stride, or a block_table that cannot hold `total` tokens.
+        ValueError: a wrong shape, dtype, device or stride, or a block_table that cannot hold `total` tokens; on a CPU
+            also lengths that it cannot hold, or cu_seqlens that descend.
         RuntimeError: the named `impl` cannot run here.
     """
     check_shape("cache", cache, ("pages", "page_size", "width"))

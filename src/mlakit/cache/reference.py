@@ -62,13 +62,24 @@ def gather_latent_reference(
     kv_lora_rank: int = 512,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Read the cached tokens of every request, end to end; arguments as `gather_latent`'s."""
-    page_size = cache.shape[1]
+    """Read the cached tokens of every request, end to end; arguments as `gather_latent`'s.
+
+    Raises:
+        ValueError: cu_seqlens descends, or a request has more tokens than its row of block_table.
+    """
+    page_size, max_pages = cache.shape[1], block_table.shape[1]
     is_fp8 = cache.dtype == torch.uint8
     bounds = cu_seqlens.tolist()
     first = starts.tolist() if starts is not None else [0] * (len(bounds) - 1)
     rows = []
     for request, (begin, end) in enumerate(pairwise(bounds)):
+        if end < begin:
+            raise ValueError(f"cu_seqlens must ascend, got {bounds}")
+        if first[request] + end - begin > max_pages * page_size:
+            raise ValueError(
+                f"block_table is too short: its {max_pages} pages of {page_size} tokens hold {max_pages * page_size}, "
+                f"request {request} has {first[request] + end - begin}"
+            )
         positions = first[request] + torch.arange(end - begin, device=cache.device)
         pages = block_table[request].long()[positions // page_size]
         rows.append(cache[pages, positions % page_size])

@@ -11,6 +11,7 @@ from mlakit.dispatch import (
     check_device,
     check_dtype,
     check_last_dim_contiguous,
+    check_scale,
     check_shape,
     choose,
     chooses,
@@ -54,8 +55,8 @@ def mla_decode(
         seq_lens: [batch] int32, the keys of each request with the new tokens' own included; 0 gives zeros and an lse
             of -inf. Lengths on a GPU are not read by the host, and may change between replays of a CUDA graph. One
             that exceeds the table's capacity is refused on a CPU, and gives that request NaN on a GPU.
-        softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is
-            silently wrong.
+        softmax_scale: multiplies the scores; positive. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible,
+            and one is silently wrong.
         causal: query token i of q_len sees the first `seq_len - q_len + i + 1` keys (bottom-right alignment). False:
             all of them.
         kv_lora_rank: width of the value; the rest of `latent_dim` is the rope part.
@@ -80,6 +81,7 @@ def mla_decode(
     The reference alone has gradients. Of e4m3 queries "hopper" adds products as tensor cores do, in some 14 bits: the
     lse of a request of few keys may be off by a hundredth. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
     """
+    check_scale(softmax_scale)
     _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out, lse)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return _differentiable(
@@ -117,6 +119,7 @@ def _which(
     lse: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> str:
+    check_scale(softmax_scale)
     _validate(q, cache, block_table, seq_lens, kv_lora_rank, num_splits, q_scale, kv_scale, out, lse)
     if torch.is_grad_enabled() and (q.requires_grad or cache.requires_grad):
         return choose("mla_decode", impl, _WITH_GRADIENT)

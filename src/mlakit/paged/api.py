@@ -1,13 +1,12 @@
 """`paged_attention`: checks its inputs, picks an implementation, and says why one cannot run."""
 
-import math
-
 import torch
 
 from mlakit.dispatch import (
     check_device,
     check_dtype,
     check_last_dim_contiguous,
+    check_scale,
     check_shape,
     choose_triton,
     chooses,
@@ -137,8 +136,7 @@ def _check(
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), *tables):
         check_device(name, tensor, q.device)
         check_last_dim_contiguous(name, tensor)
-    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
-        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
+    check_scale(softmax_scale)
     if max_seqlen_q is not None and max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q must be None or at least 0, got {max_seqlen_q}")
     if num_splits is not None and not 1 <= num_splits <= _MAX_SPLITS:

@@ -1,13 +1,12 @@
 """`mla_prefill`: checks its inputs, picks an implementation, and says why one cannot run."""
 
-import math
-
 import torch
 
 from mlakit.dispatch import (
     check_device,
     check_dtype,
     check_last_dim_contiguous,
+    check_scale,
     check_shape,
     choose,
     choose_triton,
@@ -166,8 +165,7 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_device(name, x, q.device)
         check_last_dim_contiguous(name, x)
-    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
-        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
+    check_scale(softmax_scale)
     if max_seqlen_q is not None and max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q must be at least 0, got {max_seqlen_q}")
     if out is not None:

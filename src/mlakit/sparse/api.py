@@ -11,6 +11,7 @@ from mlakit.dispatch import (
     check_device,
     check_dtype,
     check_last_dim_contiguous,
+    check_scale,
     check_shape,
     choose,
     chooses,
@@ -42,8 +43,8 @@ def mla_sparse_prefill(
             for MLA. Rows that no index names are not read and may hold anything.
         indices: [s_q, h_kv, topk] int32, in any order, any topk. An index below 0 or from s_kv on is ignored, wherever
             it stands; one that is given twice counts twice.
-        softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is
-            silently wrong.
+        softmax_scale: multiplies the scores; positive. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible,
+            and one is silently wrong.
         d_v: width of the value.
         attn_sink: [h_q] float32: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)), as if one more key
             had that score and no value. -inf has no effect, +inf makes zeros. lse and max_logits are without it.
@@ -63,6 +64,7 @@ def mla_sparse_prefill(
     The reference alone has gradients. Source: DeepSeek-V3.2-Exp, section 2.1; FlashMLA's `flash_mla_sparse_fwd` for the
     options.
     """
+    check_scale(softmax_scale)
     _validate_prefill(q, kv, indices, d_v, attn_sink, topk_length, out)
     inputs = (q, kv, indices)
     options: tuple[Any, ...] = (float(softmax_scale), d_v, attn_sink, topk_length, impl)
@@ -103,8 +105,8 @@ def mla_sparse_decode(
             that no index names are not read and may hold anything.
         indices: [batch, q_len, topk] int32, page * page_size + offset, in any order, any topk. An index below 0 or past
             the cache is ignored, wherever it stands; one that is given twice counts twice.
-        softmax_scale: multiplies the scores. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible, and one is
-            silently wrong.
+        softmax_scale: multiplies the scores; positive. No default: 1/sqrt(576) and 1/sqrt(192) are both plausible,
+            and one is silently wrong.
         kv_lora_rank: width of the value; the rest of `latent_dim` is the rope part.
         attn_sink: [num_heads] float32: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)), as if one
             more key had that score and no value. -inf has no effect, +inf makes zeros. lse is without it.
@@ -127,6 +129,7 @@ def mla_sparse_decode(
 
     The reference alone has gradients. Source: DeepSeek-V3.2-Exp, section 2.1; FlashMLA for the cache and the options.
     """
+    check_scale(softmax_scale)
     _validate_decode(q, cache, indices, kv_lora_rank, attn_sink, topk_length, num_splits, out)
     inputs = (q, cache, indices)
     options: tuple[Any, ...] = (float(softmax_scale), kv_lora_rank, attn_sink, topk_length, num_splits, impl)
@@ -159,6 +162,7 @@ def _which_prefill(
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> str:
+    check_scale(softmax_scale)
     _validate_prefill(q, kv, indices, d_v, attn_sink, topk_length, out)
     if torch.is_grad_enabled() and _wants_gradient(q, kv, attn_sink):
         return _refuse_gradient("mla_sparse_prefill", out, impl)
@@ -179,6 +183,7 @@ def _which_decode(
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> str:
+    check_scale(softmax_scale)
     _validate_decode(q, cache, indices, kv_lora_rank, attn_sink, topk_length, num_splits, out)
     if torch.is_grad_enabled() and _wants_gradient(q, cache, attn_sink):
         return _refuse_gradient("mla_sparse_decode", out, impl)
