@@ -93,7 +93,7 @@ def order_of_turn(count: int, turn: int) -> list[int]:
     """In which order so many candidates go in a turn: the rows of a Williams design.
 
     What ran just before counts where a GPU is at its power limit: at 1x4096 tokens dense prefill was at 0.94 of
-    FlashAttention-3's speed where it always went after cuDNN's, and at 1.01 where it did not. In `count` turns, or
+    FlashAttention-3's speed where it always went after cuDNN's, and at 0.99 where they changed. In `count` turns, or
     twice as many where `count` is odd, each candidate begins equally often and follows each other one equally often.
     """
     steps = [(i + 1) // 2 * (1 if i % 2 else -1) for i in range(count)]  # 0, 1, -1, 2, -2, ...
