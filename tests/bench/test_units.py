@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlakit.bench.units import duration, percent, rate, seconds, three
+from mlakit.bench.units import duration, factors, percent, rate, seconds, three
 
 
 @pytest.mark.parametrize(
@@ -138,3 +138,8 @@ def test_three_has_three_digits(value):
 @given(st.floats(0.001, 10))
 def test_percent_reads_back(fraction):
     assert float(percent(fraction).removesuffix("%")) / 100 == pytest.approx(fraction, rel=0.051)
+
+
+def test_a_range_that_reads_the_same_is_told_once():
+    assert factors([2.1, 1.448, 1.7]) == "1.45x to 2.10x"
+    assert factors([2.004, 1.996]) == factors([2.0]) == "2.00x"

@@ -1,6 +1,7 @@
 """Numbers as people read them: three significant digits and a unit."""
 
 import math
+from collections.abc import Collection
 
 
 def seconds(value: float) -> str:
@@ -34,6 +35,11 @@ def percent(fraction: float) -> str:
     value = fraction * 100
     digits = 0 if abs(value) >= 9.95 else 1 if abs(value) >= 0.995 else 2
     return f"{value:.{digits}f}%"
+
+
+def factors(values: Collection[float]) -> str:
+    """The range of several: [1.448, 2.1] is "1.45x to 2.10x", and what reads the same is told once."""
+    return " to ".join(dict.fromkeys(f"{value:.2f}x" for value in (min(values), max(values))))
 
 
 def duration(value: float) -> str:

@@ -12,8 +12,8 @@ INTERRUPTED = 130
 
 MEANINGS = {
     DONE: "done",
-    FAILED: "done, and the answer is no: nothing could be measured, a study found a result wrong, compare found a "
-    "regression, or a document is stale",
+    FAILED: "done, and the answer is no: nothing could be measured, a study of implementations found one wrong, "
+    "compare found a regression, or a document is stale",
     BAD_INPUT: "bad input, or a file that cannot be read or written; one line says what was expected",
     BROKEN_DEVICE: "the device does not work",
     LOST_RANK: "one of several ranks was lost; each of the others says so in a line",

@@ -21,7 +21,8 @@ from mlakit.bench.files import output_file
 from mlakit.studies.checkpoint import add_run_arguments, go_on, read_earlier, resumable
 from mlakit.studies.command import progress, run_study
 from mlakit.studies.fast_path_report import Row, Variant, cells, conclusion, csv_text, table
-from mlakit.studies.layer_options import Options, add_common_arguments, parse_common, whole, whole_numbers
+from mlakit.studies.flag_values import whole, whole_numbers
+from mlakit.studies.layer_options import Options, add_common_arguments, parse_common
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mlakit.bench.columns import PIPE_WIDTH
-from mlakit.bench.units import three
+from mlakit.bench.units import factors, three
 from mlakit.studies.line_table import LineTable
 
 
@@ -135,8 +135,7 @@ def conclusion(rows: Sequence[Row], *, ours: bool = True) -> Iterator[str]:
         faster = [row.seq_len for row, _ in short if _apart(row) > 0]
         slower = [f"{row.seq_len} tokens ({s:.2f}x)" for row, s in short if _apart(row) < 0]
         if len(faster) == len(short):
-            factors = [s for _, s in short]
-            yield f"  - The short path is faster at every length it takes: {min(factors):.2f}x to {max(factors):.2f}x"
+            yield f"  - The short path is faster at every length it takes: {factors([s for _, s in short])}"
         elif faster:
             yield f"  - The short path is faster at {', '.join(map(str, faster))} tokens"
         elif slower:
@@ -156,10 +155,9 @@ def conclusion(rows: Sequence[Row], *, ours: bool = True) -> Iterator[str]:
             yield f"  - Beyond {row.threshold} tokens {who} the standard path: {row.seq_len} tokens {s:.2f}x{odd}"
     fused = [(row, s) for row in rows if (s := row.speedup("fused"))]
     if fused:
-        factors = [s for _, s in fused]
         least = [r for row, _ in fused if (r := row.memory_reduction("fused")) is not None]
         memory = f", {_percent(min(least))} to {_percent(max(least))} less temporary memory" if least else ""
-        yield f"  - The fused layer: {min(factors):.2f}x to {max(factors):.2f}x over the original{memory}"
+        yield f"  - The fused layer: {factors([s for _, s in fused])} over the original{memory}"
     errors: dict[str, float] = {}
     for row in rows:
         for name, variant in row.variants.items():

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         plot(rows, info.name, args.plot)
     for path in (args.output_json, args.plot):
         if path is not None and not args.quiet:
-            print(f"saved {path}", file=sys.stderr)
+            print(f"saved: {path}", file=sys.stderr)
     results = [result for row in rows for result in row.methods.values()]
     wrong = any(result.reason == "wrong result" for result in results)
     return 1 if wrong or not any(result.mean for result in results) else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
 from mlakit.studies.checkpoint import add_run_arguments
+from mlakit.studies.flag_values import parse_device, whole
 
 # DeepSeek-V3's dimensions.
 NUM_HEADS = 128
@@ -75,33 +76,23 @@ def parse_options(args: argparse.Namespace) -> Options:
     Raises:
         ValueError: a flag's value makes no sense; the message names it.
     """
-    import torch
-
-    from mlakit.hardware import device_info
-
     heads, nope, rope = _parse_dims(args.dims)
     dtypes = tuple(dict.fromkeys(_DTYPE_ALIASES.get(name, name) for name in args.dtypes))
     for name in dtypes:
         if name not in DTYPES:
             raise ValueError(f"--dtypes: unknown dtype {name!r}; {nearest(name, [*DTYPES, *_DTYPE_ALIASES])}")
-    name = args.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cuda:0, cpu or auto, got {name!r}") from None
-    info = device_info(device)
-    sizes: Sequence[Any] = args.batch_sizes or (BATCH_SIZES if info.is_cuda else CPU_BATCH_SIZES)
+    device = parse_device(args.device)
+    cpu = device == "cpu"
+    sizes: Sequence[Any] = args.batch_sizes or (CPU_BATCH_SIZES if cpu else BATCH_SIZES)
     return Options(
         heads=heads,
         nope=nope,
         rope=rope,
-        batch_sizes=tuple(sorted({_whole("--batch-sizes", size, 1) for size in sizes})),
+        batch_sizes=tuple(sorted({whole("--batch-sizes", size, 1) for size in sizes})),
         dtypes=dtypes,
-        device=f"cuda:{info.index}" if info.is_cuda else "cpu",
-        num_warmup=_whole("--num-warmup", args.num_warmup or NUM_WARMUP, 0),
-        num_iters=_whole("--num-iters", args.num_iters or (NUM_ITERS if info.is_cuda else CPU_NUM_ITERS), 1),
+        device=device,
+        num_warmup=whole("--num-warmup", args.num_warmup or NUM_WARMUP, 0),
+        num_iters=whole("--num-iters", args.num_iters or (CPU_NUM_ITERS if cpu else NUM_ITERS), 1),
     )
 
 
@@ -110,19 +101,9 @@ def _parse_dims(text: str) -> tuple[int, int, int]:
         parts = text.split(",")
         if len(parts) != 3:
             raise ValueError(f"--dims: expected three numbers H,DN,DR, got {text!r}")
-        heads, nope, rope = (_whole("--dims", part, 1) for part in parts)
+        heads, nope, rope = (whole("--dims", part, 1) for part in parts)
         return heads, nope, rope
     model: MLADims | None = MLA_PRESETS.get(text)
     if model is None:
         raise ValueError(f"--dims: unknown model {text!r}; {nearest(text, MLA_PRESETS)}, or three numbers H,DN,DR")
     return model.num_heads, model.qk_nope_head_dim, model.qk_rope_head_dim
-
-
-def _whole(flag: str, value: str | int, least: int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{flag}: expected a whole number of at least {least}, got {value!r}")
-    return number

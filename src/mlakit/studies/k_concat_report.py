@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlakit.bench.columns import PIPE_WIDTH
-from mlakit.bench.units import three
+from mlakit.bench.units import factors, three
 from mlakit.studies.line_table import LineTable
 from mlakit.studies.method_rows import MethodRow
 
@@ -177,11 +177,10 @@ def _about_kernel(rows: Sequence[StudyRow]) -> Iterator[str]:
     if not over_best:
         return
     slower = [f"{row.batch} ({s:.2f}x)" for row, s in over_best if s < 1]
-    factors = [s for _, s in over_best]
     if slower:
         yield f"  - mlakit's kernel is slower than the better of the two at batch size {', '.join(slower)}"
     else:
-        yield f"  - mlakit's kernel is {min(factors):.2f}x to {max(factors):.2f}x faster than the better of the two"
+        yield f"  - mlakit's kernel is {factors([s for _, s in over_best])} faster than the better of the two"
     last = over_best[-1][0]
     fractions = {name: f for name in ("cat", "direct_copy", "triton") if (f := last.fraction_of_copy(name))}
     words = {"cat": "torch.cat", "direct_copy": "direct copy", "triton": "mlakit's kernel"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlakit.bench.files import keep_earlier, output_file, output_folder
 from mlakit.studies.command import run_study
-from mlakit.studies.layer_options import whole
+from mlakit.studies.flag_values import whole
 from mlakit.studies.parallel_options import add_arguments as add_arguments
 from mlakit.studies.parallel_options import parse
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from mlakit.bench.batch_spec import BatchRequest, parse_batch_spec
 from mlakit.dims import MLA_PRESETS, MLADims, nearest
-from mlakit.studies.layer_options import MODELS, Model, positive, whole, whole_numbers
+from mlakit.studies.flag_values import positive, whole, whole_numbers
+from mlakit.studies.layer_options import MODELS, Model
 
 SCOPES = ("attention", "layer")
 STRATEGIES = ("one", "tp", "cp", "cp-own", "both")

@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
         plot(rows, info.name, args.plot)
     for path in (args.output_json, args.output_csv, args.plot):
         if path is not None and not args.quiet:
-            print(f"saved {path}", file=sys.stderr)
+            print(f"saved: {path}", file=sys.stderr)
     wrong = any(result.reason == WRONG for row in rows for result in row.methods.values())
     return 1 if wrong or not any(row.mean(SPARSE) for row in rows) else 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.studies.checkpoint import add_run_arguments
-from mlakit.studies.layer_options import parse_device, whole
+from mlakit.studies.flag_values import parse_device, whole
 
 # s_q, s_kv, topk
 CONFIGS = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlakit.bench.units import factors
 from mlakit.studies.method_rows import MethodRow
 from mlakit.studies.sparse_prefill_options import MHA_D_QK, MHA_D_V
 
@@ -195,14 +196,14 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _finding(rows: Sequence[Row], method: str) -> Iterator[str]:
-    factors = {row: s for row in map(_Key, rows) if (s := row.row.speedup(method))}
-    if not factors:
+    found = {row: s for row in map(_Key, rows) if (s := row.row.speedup(method))}
+    if not found:
         return
-    lost = [key.row for key, s in factors.items() if s <= 1]
-    low, high = min(factors.values()), max(factors.values())
+    lost = [key.row for key, s in found.items() if s <= 1]
+    high = max(found.values())
     name = WORDS[method]
     if not lost:
-        yield f"  - Sparse is {low:.2f}x to {high:.2f}x as fast as {name}"
+        yield f"  - Sparse is {factors(found.values())} as fast as {name}"
     else:
         where = ", ".join(f"s_kv={row.s_kv} ({row.speedup(method):.2f}x)" for row in lost)
         won = f"; elsewhere up to {high:.2f}x" if high > 1 else ""
