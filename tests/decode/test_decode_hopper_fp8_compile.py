@@ -69,6 +69,6 @@ def test_rows_with_scales_of_their_own(q_len: int, heads: int, batch: int, page_
     body = loops(kernel.sass)[0]
     assert sum("HGMMA" in text for text in body) == 68  # 64 of codes from registers, 4 of rope parts
     assert sum("LDSM" in text for text in body) == 32
-    assert sum("WARPGROUP.ARRIVE" in text for text in body) <= 17  # more of them: products that wait for one another
+    assert sum("WARPGROUP.ARRIVE" in text for text in body) <= 25  # more of them: products that wait for one another
     assert not any("STL" in text or "LDL" in text for text in body)
-    assert kernel.spills <= 96  # around the loop; 35 of one page a tile
+    assert kernel.spills <= 64  # around the loop

@@ -97,14 +97,15 @@ def _load_query(q_at, live, q_rows, BLOCK_R: gl.constexpr, layout: gl.constexpr)
 
 
 @gluon.jit
-def _group(words, queries, z, layout: gl.constexpr, GROUP: gl.constexpr, BLOCK_R: gl.constexpr):
-    """Scores of 128 columns, on their way."""
+def _add_scores(words, queries, z, s, layout: gl.constexpr, PART: gl.constexpr):
+    """Scores of 64 columns, the first or second half of a scale's, on their way; the operands too, which must live
+    until it is done.
+    """
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    first, last = _fours(words.slice(GROUP * 64, 64, 1).load(operand))
-    s = gl.zeros([64, BLOCK_R], gl.float32, layout)
-    q = queries.index(z).slice(GROUP * 64, 64, 1).permute((1, 0))
-    s = warpgroup_mma(first, q, s, use_acc=False, is_async=True)
-    q = queries.index(z + 1).slice(GROUP * 64, 64, 1).permute((1, 0))
+    first, last = _fours(words.slice(PART * 32, 32, 1).load(operand))
+    q = queries.index(z).slice(PART * 32, 32, 1).permute((1, 0))
+    s = warpgroup_mma(first, q, s, use_acc=PART % 2 == 1, is_async=True)
+    q = queries.index(z + 1).slice(PART * 32, 32, 1).permute((1, 0))
     s = warpgroup_mma(last, q, s, is_async=True)
     return s, first, last
 
@@ -248,14 +249,26 @@ def _mla_decode_rows_kernel(
                 s4 = warpgroup_mma(
                     ropes.index(at_stage), q_rope.index(z).permute((1, 0)), s4, use_acc=False, is_async=True
                 )
-                s0, a, b = _group(words, queries, z, score, 0, BLOCK_R)
-                s1, c, d = _group(words, queries, z, score, 1, BLOCK_R)
-                s4, s0, a, b = warpgroup_mma_wait(2, [s4, s0, a, b])
-                s2, a, b = _group(words, queries, z, score, 2, BLOCK_R)
+                none = gl.zeros([64, BLOCK_R], gl.float32, score)
+                s0, a, b = _add_scores(words, queries, z, none, score, 0)
+                s0, c, d = _add_scores(words, queries, z, s0, score, 1)
+                s4, a, b = warpgroup_mma_wait(2, [s4, a, b])
+                s1, a, b = _add_scores(words, queries, z, none, score, 2)
+                s0, c, d = warpgroup_mma_wait(2, [s0, c, d])
+                s1, c, d = _add_scores(words, queries, z, s1, score, 3)
+                s = s0 * c0[:, None]
+                a, b = warpgroup_mma_wait(2, [a, b])
+                s2, a, b = _add_scores(words, queries, z, none, score, 4)
                 s1, c, d = warpgroup_mma_wait(2, [s1, c, d])
-                s3, c, d = _group(words, queries, z, score, 3, BLOCK_R)
-                s2, s3, a, b, c, d = warpgroup_mma_wait(0, [s2, s3, a, b, c, d])
-                s = (s0 * c0[:, None] + s1 * c1[:, None]) + (s2 * c2[:, None] + s3 * c3[:, None])
+                s2, c, d = _add_scores(words, queries, z, s2, score, 5)
+                s += s1 * c1[:, None]
+                a, b = warpgroup_mma_wait(2, [a, b])
+                s3, a, b = _add_scores(words, queries, z, none, score, 6)
+                s2, c, d = warpgroup_mma_wait(2, [s2, c, d])
+                s3, c, d = _add_scores(words, queries, z, s3, score, 7)
+                s += s2 * c2[:, None]
+                s3, a, b, c, d = warpgroup_mma_wait(0, [s3, a, b, c, d])
+                s += s3 * c3[:, None]
                 largest = gl.maximum(gl.maximum(c0, c1), gl.maximum(c2, c3))
                 exponent = gl.minimum(gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 127, -60), 100)
                 shrink = _power(-exponent)
