@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlakit.bench import config_file
 from mlakit.bench.batch_spec import parse_batch_spec
-from mlakit.bench.config_file import BatchMix, ConfigFile, RangeVariable, SpecRange, Sweep
+from mlakit.bench.config_schema import BatchMix, ConfigFile, RangeVariable, SpecRange, Sweep
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from mlakit.backends import registry
 from mlakit.bench import config_file
-from mlakit.bench.config_file import ConfigFile
+from mlakit.bench.config_schema import ConfigFile
 from mlakit.bench.plan import MODEL_PARAMETERS, Plan, attention_of, make_plan, settings_for
 
 ONE: dict[str, Any] = {"batch_specs": ["q4s1k"], "backends": ["sdpa"], "model": {"name": "tiny"}}

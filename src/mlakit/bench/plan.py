@@ -8,7 +8,8 @@ from typing import Any, Literal
 from mlakit.backends import registry
 from mlakit.backends.base import REORDER_BATCH_THRESHOLD, Attention, Parameter
 from mlakit.bench.config import BenchmarkConfig, complete_dims, infer_attention
-from mlakit.bench.config_file import AUTO, DEFAULT_LABEL, ConfigFile, LoadedConfig, Sweep
+from mlakit.bench.config_file import LoadedConfig
+from mlakit.bench.config_schema import AUTO, DEFAULT_LABEL, ConfigFile, Sweep
 from mlakit.dims import nearest
 
 # Sizes that a sweep may vary beside the backends' own parameters.
