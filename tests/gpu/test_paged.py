@@ -156,7 +156,7 @@ def test_keys_and_values_in_one_tensor() -> None:
 
 # With 32-bit offsets the pages beyond 2^31 elements are read somewhere else; the live pages are shuffled over all.
 @pytest.mark.parametrize(
-    ("q_len", "page_size", "spare_pages"), [(1, 16, 140_000), (300, 16, 140_000), (1, 128, 17_500)]
+    ("q_len", "page_size", "spare_pages"), [(1, 16, 140_000), (300, 16, 140_000), (1, 128, 30_000)]
 )
 def test_caches_of_more_than_2_31_elements(q_len: int, page_size: int, spare_pages: int) -> None:
     inputs = make([q_len, 1], [5000, 3000], page_size=page_size, spare_pages=spare_pages)

@@ -137,6 +137,9 @@ def test_which_kernels_a_batch_takes() -> None:
     # A few rows over many keys would not fill the device by rows alone.
     assert kernels(48, 1, 48, capacity=131072).tiles is None
     assert kernels(48, 1, 48, capacity=64).split is None
+    # Of Hopper's tiles the larger only where there are enough of them.
+    assert prefill.tiles == PagedConfig(256, 64, 16, 3)
+    assert kernels(1024, 1, 1024).tiles == PagedConfig(128, 64, 8, 3)
 
 
 # The widest group of heads, and dims from the least to the largest, fit every generation's shared memory.

@@ -25,16 +25,16 @@ class PagedConfig:
     num_warps: int
     num_stages: int
     resident: int = 1
-    branch: bool = True
-    max_registers: int | None = None
+    branch: bool = True  # around the mask, instead of masking every tile
 
     def shared_bytes(self, head_dim: int) -> int:
-        """An upper estimate of the shared memory of a program: a ring of keys and values, the queries, the weights, and
-        2 KiB for reductions.
+        """An upper estimate of the shared memory of a program: a ring of keys and values, and the queries. The small
+        matrix instructions need a stage less, but room for the weights and, in 2 KiB, for reductions.
         """
         width = padded_dim(head_dim)
-        buffers = self.num_stages if self.block_m >= 64 else max(self.num_stages - 1, 1)
-        ring = buffers * 2 * self.block_n * width
+        if self.block_m >= 64:
+            return 2 * width * (self.num_stages * 2 * self.block_n + self.block_m)
+        ring = max(self.num_stages - 1, 1) * 2 * self.block_n * width
         return 2 * (ring + self.block_m * (width + self.block_n)) + 2048
 
 
@@ -76,40 +76,50 @@ def choose_kernels(
     a device of `units` multiprocessors; None as capability is the interpreter.
     """
     capability = capability or (8, 0)
+    rows = tokens * group
+    tiles = _tiles_config(rows * kv_heads // units, head_dim, capability)
     small_rows = max(16, 1 << (group - 1).bit_length())  # one token's rows, in a tile
     if max_seqlen_q is None:
-        return Kernels(_split_config(small_rows, head_dim, capability), small_rows, _tiles_config(head_dim, capability))
-    rows = max(max_seqlen_q, 1) * group
-    tiles = _tiles_config(head_dim, capability)
+        return Kernels(_split_config(small_rows, head_dim, capability), small_rows, tiles)
+    longest = max(max_seqlen_q, 1) * group
     # Programs that would each go through all keys of a tile of rows, and not fill half of the device.
-    few_tiles = (tokens * group // tiles.block_m + batch) * kv_heads * 2 <= units and capacity >= 8 * MIN_PIECE_KEYS
-    if rows <= 64 or few_tiles:
-        config = _split_config(rows, head_dim, capability)
-        return Kernels(config, -(-rows // config.block_m) * config.block_m, None)
+    few_tiles = (rows // tiles.block_m + batch) * kv_heads * 2 <= units and capacity >= 8 * MIN_PIECE_KEYS
+    if longest <= 64 or few_tiles:
+        config = _split_config(longest, head_dim, capability)
+        return Kernels(config, -(-longest // config.block_m) * config.block_m, None)
     if tokens == batch * max_seqlen_q:  # all are as long
         return Kernels(None, 0, tiles)
     return Kernels(_split_config(small_rows, head_dim, capability), small_rows, tiles)
 
 
 def _split_config(rows: int, head_dim: int, capability: tuple[int, int]) -> PagedConfig:
-    # None of these spills registers, whatever the page size (Triton 3.6).
-    resident = 2 if shared_limit(capability) > 200 * 1024 else 1
+    # None of these spills registers, whatever the page size (Triton 3.6). On an H200 (results/h200/tuning/paged.json)
+    # one program of 16 rows a multiprocessor takes 289 us for 64q1s4k, two take 259; of 64 rows 56.3 and 54.8 for
+    # 8q16s4k.
     if rows <= 16:
-        candidates = [PagedConfig(16, 64, 4, 3, resident), PagedConfig(16, 32, 4, 3)]
+        candidates = [PagedConfig(16, 64, 4, 3, 2), PagedConfig(16, 32, 4, 3, 2), PagedConfig(16, 32, 4, 3)]
     elif padded_dim(head_dim) > 128:
         candidates = [PagedConfig(32, 64, 8, 2), PagedConfig(32, 32, 8, 2)]
     elif rows <= 32:
-        candidates = [PagedConfig(32, 64, 4, 3, resident), PagedConfig(32, 32, 4, 3)]
+        candidates = [PagedConfig(32, 64, 4, 3, 2), PagedConfig(32, 64, 4, 3), PagedConfig(32, 32, 4, 3)]
+    elif capability[0] == 9:
+        candidates = [PagedConfig(64, 64, 4, 3, 2)]
     else:
-        candidates = [PagedConfig(64, 64, 4 if capability[0] == 9 else 8, 3), PagedConfig(32, 32, 4, 3)]
+        candidates = [PagedConfig(64, 64, 8, 3), PagedConfig(32, 32, 4, 3)]
     return _first_that_fits(candidates, head_dim, capability)
 
 
-def _tiles_config(head_dim: int, capability: tuple[int, int]) -> PagedConfig:
+def _tiles_config(rows_a_unit: int, head_dim: int, capability: tuple[int, int]) -> PagedConfig:
     wide = padded_dim(head_dim) > 128
-    if capability[0] == 9:
-        # 256 columns with a branch around the mask: four registers spill with Triton 3.6.
-        candidates = [PagedConfig(128, 64, 8, 2, branch=False) if wide else PagedConfig(128, 64, 8, 3)]
+    if capability[0] == 9 and wide:
+        # With a branch around the mask four registers spill with Triton 3.6.
+        candidates = [PagedConfig(128, 64, 8, 2, branch=False)]
+    elif capability[0] == 9 and rows_a_unit > 256:
+        # Four warpgroups: one's softmax beside another's products. 51 loads and stores of spilled registers, 8 of them
+        # in the loop, and yet q8k takes 1131 us instead of 1320, and q2k 93 instead of 106.
+        candidates = [PagedConfig(256, 64, 16, 3)]
+    elif capability[0] == 9:
+        candidates = [PagedConfig(128, 64, 8, 3)]  # q1ks2k 76 us, with 256 rows 83; q512 20.4 and 29.4
     elif capability[0] == 10:
         candidates = [PagedConfig(64, 64, 8, 2)] if wide else [PagedConfig(128, 64, 8, 3)]
     elif wide:

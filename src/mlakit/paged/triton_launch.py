@@ -249,5 +249,4 @@ def _last_offset(cache: torch.Tensor) -> int:
 
 
 def _options(config: PagedConfig) -> dict[str, Any]:
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return options if config.max_registers is None else {**options, "maxnreg": config.max_registers}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
