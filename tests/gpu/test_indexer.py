@@ -325,16 +325,20 @@ def test_paged_logits_of_every_kind_of_launch(q_len, page_size, heads, config):
 
 
 # More items than there are programs, so that each goes from one to the next, of a tile or fewer, of none, of an odd
-# number; a last row of queries that do not fill it; rows that begin at any multiple of 4 bytes; all heads there are.
+# number; a last row of queries that do not fill it; rows that begin at any multiple of 4 bytes; all heads there are;
+# programs of one warpgroup and of four.
 @on_hopper
 @pytest.mark.parametrize(
     ("s_q", "s_kv", "heads", "config"),
     [
-        (2301, 1000, 64, HopperLogitsConfig(2, 1024)),
+        (1301, 1000, 64, HopperLogitsConfig(2, 1024)),
         (301, 2999, 64, HopperLogitsConfig(2, 64, 4)),
         (333, 4001, 32, HopperLogitsConfig(4, 192, 1)),
         (700, 777, 128, HopperLogitsConfig(1, 320, 2)),
         (200, 5000, 64, HopperLogitsConfig(1, 128, 8)),
+        (1301, 1000, 64, HopperLogitsConfig(2, 1024, 4, shared=True)),
+        (301, 2999, 64, HopperLogitsConfig(2, 64, 4, shared=True)),
+        (700, 777, 128, HopperLogitsConfig(1, 320, 2, shared=True)),
     ],
 )
 def test_logits_of_every_kind_of_launch(s_q, s_kv, heads, config):

@@ -6,6 +6,7 @@ import torch
 from mlakit.indexer import indexer_logits_paged, select_topk
 from mlakit.indexer.hopper_config import (
     hopper_logits_config,
+    hopper_rows_config,
     hopper_topk_config,
     why_not_aligned,
     why_not_paged,
@@ -31,6 +32,22 @@ def test_a_program_of_logits_takes_whole_tiles(batch, q_len, columns, heads):
     assert config.stages & (config.stages - 1) == 0
     # What a program holds in shared memory, four times.
     assert 4 * (2 * config.queries * heads + config.stages * 64) * 128 < 220 * 1024
+
+
+# Where programs of four warpgroups begin, for the heads that they are for.
+@pytest.mark.parametrize(
+    ("s_q", "heads", "s_kv", "shared"),
+    [
+        (4096, 64, 8192, True), (4096, 64, 8191, False), (1, 64, 2**25, False), (2, 64, 2**25, True),
+        (1, 128, 2**25, True), (4096, 32, 32768, False), (1, 64, 1, False), (0, 64, 40, False),
+    ],
+)  # fmt: skip
+def test_programs_of_logits_for_keys_in_a_row(s_q, heads, s_kv, shared):
+    config = hopper_rows_config(s_q, heads, s_kv, UNITS)
+    assert config.shared == shared
+    assert config.split % 64 == 0
+    assert config.split > 0
+    assert config.queries * heads <= 128
 
 
 # Lengths at which another sample begins, and the longest one.

@@ -72,6 +72,20 @@ def test_four_programs_of_logits_share_a_multiprocessor(compiled):
     assert kernel.sass.count("WARPGROUP.ARRIVE") == kernel.sass.count("WARPGROUP.DEPBAR") == 1
 
 
+# Enough queries and keys for programs of four warpgroups; heads of DeepSeek and twice as many, rows of any alignment.
+@pytest.mark.parametrize(
+    ("heads", "s_kv", "limited"), [(64, 120_000, False), (64, 119_999, True), (128, 120_000, True)]
+)
+def test_four_warpgroups_of_logits_are_a_program(heads, s_kv, limited):
+    """Nothing spills, and no warpgroup's product waits for its own sums."""
+    kernel = rows_kernel(heads, s_kv, limited)
+    assert kernel.spills == 0
+    assert kernel.registers == 128
+    assert kernel.shared_bytes + 1024 <= 228 * 1024
+    assert kernel.sass.count("QGMMA.") == 16
+    assert kernel.sass.count("WARPGROUP.ARRIVE") == kernel.sass.count("WARPGROUP.DEPBAR") == 4
+
+
 # A held row of DeepSeek's k, candidates of many rows and of few. Three programs of 16 warps have 40 registers a thread,
 # which costs a spill of two in the loop over a row, of 170 instructions, and was faster than without.
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The launchers of the indexer's Hopper kernels."""
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from mlakit.hardware import device_info
+from mlakit.hopper_compile import warps_together
 from mlakit.hopper_descriptors import descriptor_of_rows
 from mlakit.indexer.hopper_config import (
     DIM,
@@ -14,6 +16,7 @@ from mlakit.indexer.hopper_config import (
     HopperLogitsConfig,
     HopperTopkConfig,
     hopper_logits_config,
+    hopper_rows_config,
     hopper_topk_config,
 )
 from mlakit.indexer.hopper_logits import _indexer_logits_hopper_kernel
@@ -42,7 +45,7 @@ def launch_indexer_logits_hopper(
     s_q, heads, dim = q.shape
     s_kv = k.shape[0]
     if config is None:
-        config = hopper_logits_config(1, s_q, heads, s_kv, device_info(q.device).units)
+        config = hopper_rows_config(s_q, heads, s_kv, device_info(q.device).units)
     bound = k_start is not None and k_end is not None
     start, end = (k_start, k_end) if k_start is not None and k_end is not None else (k_scales, k_scales)
     descriptors = (descriptor_of_rows(q.view(-1, dim), config.queries * heads, DIM), descriptor_of_rows(k, TILE, DIM))
@@ -106,23 +109,22 @@ def _first(
     blocks = batch * q_blocks
     items = blocks * -(-columns // config.split)
     unit = 4 if columns % 4 == 0 else 1
-    _LOGITS.first(
-        key,
-        device,
-        (min(items, RESIDENT * device_info(device).units), 1, 1),
-        tensors,
-        (q_len, columns // unit, *strides, blocks, q_blocks, items, config.split // TILE, 0),
-        {
-            "UNIT": unit,
-            "HEADS": heads,
-            "QUERIES": config.queries,
-            "STAGES": config.stages,
-            "BOUND": bound,
-            "PAGE": page_size,
-        },
-        num_warps=4,
-        maxnreg=512 // RESIDENT,
-    )
+    constants = {
+        "UNIT": unit,
+        "HEADS": heads,
+        "QUERIES": config.queries,
+        "STAGES": config.stages,
+        "BOUND": bound,
+        "PAGE": page_size,
+        "GROUPS": RESIDENT if config.shared else 1,
+    }
+    programs = device_info(device).units * (1 if config.shared else RESIDENT)
+    numbers = (q_len, columns // unit, *strides, blocks, q_blocks, items, config.split // TILE, 0)
+    with warps_together() if config.shared else nullcontext():
+        _LOGITS.first(
+            key, device, (min(items, programs), 1, 1), tensors, numbers, constants, num_warps=4,
+            maxnreg=None if config.shared else 512 // RESIDENT,
+        )  # fmt: skip
 
 
 def launch_select_topk_hopper(
