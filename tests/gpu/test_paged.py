@@ -132,6 +132,17 @@ def test_dims_and_pages(head_dim: int, page_size: int, dtype: torch.dtype) -> No
     check(inputs, *attend(inputs, max_seqlen_q=200))
 
 
+# Enough rows for Hopper's larger tiles, and decode beside them; a cache beyond 2^31 elements too.
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "spare_pages"), [(128, 16, 3), (128, 64, 3), (64, 16, 3), (96, 1, 3), (128, 16, 140_000)]
+)
+def test_large_tiles(head_dim: int, page_size: int, spare_pages: int) -> None:
+    inputs = make(
+        [700, 1, 1300, 3], [700, 900, 2000, 77], head_dim=head_dim, page_size=page_size, spare_pages=spare_pages
+    )
+    check(inputs, *attend(inputs, max_seqlen_q=1300))
+
+
 # More requests than the GPU holds programs, and about as many (pieces of several requests in one wave).
 @pytest.mark.parametrize("batch", [1, 40, 150, 600])
 def test_ragged_batches(batch: int) -> None:
