@@ -30,7 +30,11 @@ class HopperLogitsConfig:
 
 
 def hopper_logits_config(batch: int, q_len: int, heads: int, columns: int, units: int) -> HopperLogitsConfig:
-    """The launch for requests of q_len queries of so many heads, and up to so many keys."""
+    """The launch for requests of q_len queries of so many heads, and up to so many keys.
+
+    Measured on an H200 with 64 heads: 64 requests of one query and 32768 keys took 82.7 us in parts of 4096 keys, 82.4
+    in parts of 2048; 128 of two queries and 8192 keys 49.3 in parts of 2048, 83.7 in one part.
+    """
     queries = 1 << (max(min(_COLUMNS // heads, q_len), 1).bit_length() - 1)
     blocks = max(batch * -(-q_len // queries), 1)
     parts = max(1, min(RESIDENT * units // blocks, -(-columns // 512)))

@@ -175,12 +175,12 @@ def launch_indexer_logits(
         config = logits_config(s_q, s_kv, heads, device_info(q.device))
     native = has_e4m3(q.device)
     descriptors = config.descriptors and native and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0
-    q_blocks = triton.cdiv(s_q, config.block_q)
+    q_blocks = -(-s_q // config.block_q)
     numbers = (s_q, s_kv, heads, q_blocks, q_blocks, config.split)
     strides = (q.stride(0), q.stride(1), k.stride(0), weights.stride(0), out.stride(0), 0)
     if not native:
         q, k = q.view(torch.uint8), k.view(torch.uint8)
-    grid = (q_blocks * triton.cdiv(s_kv, config.split), 1, 1)
+    grid = (q_blocks * -(-s_kv // config.split), 1, 1)
     constants = _constants(config, dim, heads, 0, bound, native, descriptors)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
     if not descriptors:
@@ -219,11 +219,11 @@ def launch_indexer_logits_paged(
     native = has_e4m3(q.device)
     if not native:
         tensors = (q.view(torch.uint8), cache, *tensors[2:])
-    q_blocks = triton.cdiv(q_len, config.block_q)
+    q_blocks = -(-q_len // config.block_q)
     programs_q = batch * q_blocks
     numbers = (q_len, columns, heads, q_blocks, programs_q, config.split)
     strides = (heads * dim, dim, cache.stride(0), heads, out.stride(0), block_table.stride(0))
-    grid = (programs_q * triton.cdiv(columns, config.split), 1, 1)
+    grid = (programs_q * -(-columns // config.split), 1, 1)
     constants = _constants(config, dim, heads, cache.shape[1], True, native, False)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
     _LOGITS.first(key, q.device, grid, tensors, (*numbers, *strides), constants, **options)
@@ -234,7 +234,7 @@ def _constants(
 ) -> dict[str, int | bool]:
     return {
         "DIM": dim,
-        "HEADS": max(triton.next_power_of_2(heads), 16),
+        "HEADS": max(1 << (heads - 1).bit_length(), 16),
         "PAGE_SIZE": page_size,
         "BOUND": bound,
         "NATIVE": native,
