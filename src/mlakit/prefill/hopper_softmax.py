@@ -140,6 +140,7 @@ def softmax_block(s, o, shift, total, scale_log2, DTYPE: gl.constexpr, FIRST: gl
     it has seen a key; total is a thread's share of the row's sum. Of these two a thread's first number of a row counts;
     the others are there for the shape and cost no register.
     """
+    gl.static_assert(s.shape[0] == 64 and s.shape[1] == 128, "a tile of scores is 64 x 128")
     HALF: gl.constexpr = DTYPE.is_fp16()
     ASM: gl.constexpr = (_FIRST_FP16 if FIRST else _LATER_FP16) if HALF else (_FIRST_BF16 if FIRST else _LATER_BF16)
     scale = gl.zeros_like(s) + scale_log2
