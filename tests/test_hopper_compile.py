@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlakit.hopper_compile import fetch_descriptors, keep_warps_together
+from mlakit.hopper_compile import fetch_descriptors, keep_registers, keep_warps_together
 
 BEFORE = """
 	mov.u32 	%r1, %tid.x;
@@ -18,6 +18,21 @@ def test_the_warp_s_number_is_reduced_and_no_other_shuffle_is_touched() -> None:
     assert "redux.sync.max.u32 %r3, %r2, -1;" in after
     assert after.count("shfl.sync.idx.b32") == 1
     assert "%r9, %r8, 0, 31, -1" in after
+
+
+REGISTERS = """
+	bar.sync 	1 ;
+	setmaxnreg.dec.sync.aligned.u32 	240 ;
+	mov.u32 	%r1, %tid.x;
+	@%p1 setmaxnreg.inc.sync.aligned.u32 	256 ;
+	ret;
+"""
+
+
+def test_registers_are_kept_and_nothing_else_is_lost() -> None:
+    kept = [line for line in REGISTERS.splitlines() if "setmaxnreg" not in line]
+    assert keep_registers(REGISTERS).splitlines() == kept
+    assert keep_registers(BEFORE) == BEFORE
 
 
 # Another number, or none: code that is not recognised stays as it is.

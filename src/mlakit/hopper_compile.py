@@ -24,6 +24,13 @@ def keep_warps_together(ptx: str) -> str:
     return _WARP_NUMBER.sub(r"\1redux.sync.max.u32 \4, \3, -1;", ptx, count=1)
 
 
+def keep_registers(ptx: str) -> str:
+    """The same code without giving registers from one warpgroup to another: where two of them fill a multiprocessor, a
+    thread has 255 from the start, and none to give.
+    """
+    return re.sub(r"\n[^\n;]*\bsetmaxnreg\.[^\n]*", "", ptx)
+
+
 def fetch_descriptors(ptx: str) -> str:
     """The same code with a request for each descriptor of bulk copies in front: the first copy through one then waits
     for its data alone (1x128x8192: 0.6 us of 21.5).
@@ -42,26 +49,33 @@ def fetch_descriptors(ptx: str) -> str:
 class _Hook:
     """What Triton calls when it compiles: without arguments for the key of its cache, else to change the stages."""
 
-    def __init__(self, before: Any) -> None:
+    def __init__(self, before: Any, fixed_registers: bool) -> None:
         self._before = before
+        self._fixed_registers = fixed_registers
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[str, str] | None:
         if not args and not kwargs:
             key, hashed = self._before() if self._before is not None else ("", "")
-            return key + "mlakit-together", hashed + "mlakit-together"
+            own = "mlakit-together" + "-fixed" * self._fixed_registers
+            return key + own, hashed + own
         if self._before is not None:
             self._before(*args, **kwargs)
         stages = args[1] if len(args) > 1 else kwargs["stages"]
         to_ptx: Callable[[Any, Any], str] = stages["ptx"]
-        stages["ptx"] = lambda source, metadata: fetch_descriptors(keep_warps_together(to_ptx(source, metadata)))
+
+        def changed(source: Any, metadata: Any) -> str:
+            ptx = fetch_descriptors(keep_warps_together(to_ptx(source, metadata)))
+            return keep_registers(ptx) if self._fixed_registers else ptx
+
+        stages["ptx"] = changed
         return None
 
 
 @contextmanager
-def warps_together() -> Iterator[None]:
-    """What is compiled inside is compiled so."""
+def warps_together(*, fixed_registers: bool = False) -> Iterator[None]:
+    """What is compiled inside is compiled so; with `fixed_registers`, and by `keep_registers`."""
     before = knobs.runtime.add_stages_inspection_hook
-    knobs.runtime.add_stages_inspection_hook = _Hook(before)
+    knobs.runtime.add_stages_inspection_hook = _Hook(before, fixed_registers)
     try:
         yield
     finally:

@@ -37,14 +37,18 @@ def arrive(counter_ptr, first, arrivals):
 
 @gluon.jit
 def await_all(counter_ptr):
-    """Wait until all have arrived; to be called after one's own `arrive`."""
+    """Wait until all have arrived; to be called after one's own `arrive`. One thread looks, and the others wait for it:
+    looks stand in the way of those who arrive.
+    """
     gl.inline_asm_elementwise(
         """{
         .reg .pred more; .reg .u32 seen;
+        mov.u32 seen, %tid.x; and.b32 seen, seen, 127; setp.ne.u32 more, seen, 0;
+        @more bra DONE;
         AGAIN: ld.acquire.gpu.global.u32 seen, [$1];
         and.b32 seen, seen, 65535; setp.ne.u32 more, seen, 0;
         @more bra AGAIN;
-        mov.u32 $0, seen;
+        DONE: mov.u32 $0, 0;
         }""",
         "=r,l",
         [counter_ptr],

@@ -60,6 +60,7 @@ def test_many_heads(q_len: int, heads: int, dtype: torch.dtype, page_size: int) 
         assert sum("BAR.ARV" in text for text in body) == 2  # told, and not waited for: a maximum, and weights
         assert len(body) < 1100  # the tail's zeros are a loop (1456 where they are not)
     assert kernel.sass.count("UTMACCTL.PF") == 3  # descriptors are asked for first
+    assert "USETMAXREG" not in kernel.sass  # nobody gives registers to another: all have as many as there are
 
 
 # 16 and 32 query rows, one request and several, and pages of which a tile gathers four.

@@ -179,7 +179,7 @@ def _launch_hopper_decode(
         block_table, seq_lens, out, lse, partial, partial_lse, counters,
     )  # fmt: skip
     if device.type != "cuda" or not plan.launches.again(plan, device, tensors):
-        with warps_together():
+        with warps_together(fixed_registers=plan.launches is _MANY):
             # Cooperative where programs wait for one another: all of them must be resident.
             plan.launches.first(
                 plan, device, plan.grid, tensors, plan.numbers, plan.constants, num_warps=4,

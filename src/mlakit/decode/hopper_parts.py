@@ -99,6 +99,25 @@ def _same_for_warp(value):
 
 
 @gluon.jit
+def _pause(cycles):
+    """Wait for so many cycles of this multiprocessor's clock."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred more; .reg .u32 begin, now;
+        mov.u32 begin, %clock;
+        AGAIN: mov.u32 now, %clock; sub.u32 now, now, begin; setp.lt.u32 more, now, $1;
+        @more bra AGAIN;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r",
+        [cycles],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _page_row(table_ptr, key, last_key, PAGE: gl.constexpr):
     """Row of a key in the cache as one matrix; the first one of its page if that is smaller than a tile."""
     key = gl.minimum(key, last_key)
