@@ -5,7 +5,9 @@
     python benchmarks/h200/quant.py results.json --only fp8_gemm     # one operation
 
 Baselines: eager PyTorch (the reference) for what moves bytes; for the product PyTorch's bfloat16 matmul, cuBLAS's
-blockwise float8 (`torch._scaled_mm`) and DeepGEMM, where they are there. Cold L2; allocations of results are included.
+float8 with the same scales, 1 x 128 of a and 128 x 128 of b (`torch._scaled_mm`), and DeepGEMM, where they are there.
+The scales of a lie in rows, as `act_quant` writes them: DeepGEMM transposes them in its call, cuBLAS gets them
+transposed. Cold L2; allocations of results are included. Products are timed in turns (common.py tells why).
 """
 
 import argparse
@@ -22,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import order_of_turn
 
 from mlakit.bench.limits import measure_ceilings
-from mlakit.bench.timing import time_calls
+from mlakit.bench.timing import Timing, time_calls
 from mlakit.cache import append_latent, gather_latent, pack_fp8
 from mlakit.cache.reference import append_latent_reference, gather_latent_reference
 from mlakit.cache.triton_append import AppendConfig, launch_append
 from mlakit.cache.triton_gather import GatherConfig, launch_gather
 from mlakit.quant import act_quant, fp8_gemm, weight_dequant, weight_quant
+from mlakit.quant.hopper_many_launch import ManyRowsConfig, launch_many_rows
 from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
 from mlakit.quant.triton_gemm import GemmConfig, launch_fp8_gemm
 from mlakit.quant.triton_quant import ActQuantConfig, WeightDequantConfig, launch_act_quant, launch_weight_dequant
@@ -45,10 +49,11 @@ WEIGHT_SHAPES = [(2048, 7168), (7168, 18432)]
 TUNED_WEIGHT_SHAPES = WEIGHT_SHAPES[1:]
 # m, n, k of DeepSeek-V3: the latent's down-projection, an expert's, the dense MLP's and attention's output.
 GEMM_SHAPES = [
-    (16, 7168, 2048), (128, 7168, 16384), (4096, 576, 7168), (4096, 4096, 7168), (4096, 7168, 7168),
+    (16, 7168, 2048), (128, 7168, 16384), (512, 7168, 2048), (512, 4096, 7168), (1024, 2112, 7168), (1024, 7168, 7168),
+    (4096, 576, 7168), (4096, 7168, 2048), (4096, 24576, 1536), (4096, 4096, 7168), (4096, 7168, 7168),
     (4096, 7168, 16384), (4096, 18432, 7168), (8192, 7168, 7168), (8192, 8192, 8192),
 ]  # fmt: skip
-TUNED_GEMM_SHAPES = [(16, 7168, 2048), (128, 7168, 16384), (4096, 7168, 7168), (8192, 8192, 8192)]
+TUNED_GEMM_SHAPES = [shape for shape in GEMM_SHAPES if shape[0] != 8192]
 APPEND_TOKENS = [128, 4096, 65536]
 TUNED_APPEND_TOKENS = [128, 65536]
 GATHER_LENS = [[8192] * 8, [1024] * 128]
@@ -88,6 +93,7 @@ class Job:
     candidates: list[tuple[str, Call]]
     peers: tuple[str, ...]
     written: torch.Tensor | None = None  # what the calls write in place
+    turns: int = 1  # in which the candidates are timed, a share of the samples each time
 
 
 def _differs(what: bool) -> str:
@@ -112,7 +118,7 @@ def tuned_weight_dequant(w: torch.Tensor, scales: torch.Tensor, config: WeightDe
 
 
 def tuned_gemm(
-    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, config: GemmConfig
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, config: GemmConfig | None
 ) -> torch.Tensor:
     out = torch.empty(a.shape[0], b.shape[0], device=CUDA, dtype=BF16)
     launch_fp8_gemm(a, a_scales, b, b_scales, out, config)
@@ -202,6 +208,20 @@ def gemm_configs(m: int) -> Iterator[GemmConfig]:
     yield GemmConfig(128, 128, 8, 6, descriptors=True)
 
 
+def many_rows_configs() -> Iterator[ManyRowsConfig]:
+    for block_m, stages in ((256, 4), (128, 6)):
+        for group in (4, 8, 16):
+            yield ManyRowsConfig(block_m, stages, group)
+
+
+def tuned_many_rows(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, config: ManyRowsConfig
+) -> torch.Tensor:
+    out = torch.empty(a.shape[0], b.shape[0], device=CUDA, dtype=BF16)
+    launch_many_rows(a, a_scales, b, b_scales, out, config)
+    return out
+
+
 def gemm_name(config: GemmConfig) -> str:
     tile = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} g{config.group_m}"
     return f"{tile} tma" if config.descriptors else tile
@@ -235,6 +255,10 @@ def gemm_jobs(tune: bool) -> Iterator[Job]:
         expected, eager = fp8_gemm_reference(*checked, torch.float64), fp8_gemm_reference(*checked)
         candidates = [*gemm_peers(a, a_scales, b, b_scales)]
         candidates.append(("triton", partial(fp8_gemm, a, a_scales, b, b_scales)))
+        candidates.append(("triton portable", partial(tuned_gemm, a, a_scales, b, b_scales, None)))
+        for many in many_rows_configs() if tune and m > 16 else ():
+            name = f"hopper {many.block_m}x128 s{many.stages} g{many.group}"
+            candidates.append((name, partial(tuned_many_rows, a, a_scales, b, b_scales, many)))
         for config in gemm_configs(m) if tune else ():
             call = partial(tuned_gemm, a, a_scales, b, b_scales, config)
             candidates.append((f"triton {gemm_name(config)}", call))
@@ -244,7 +268,7 @@ def gemm_jobs(tune: bool) -> Iterator[Job]:
 
         moved = a.numel() + b.numel() + 2 * m * n + 4 * (a_scales.numel() + b_scales.numel())
         peers = ("torch._scaled_mm", "deep_gemm")
-        yield Job("fp8_gemm", f"{m}x{n}x{k}", moved, 2.0 * m * n * k, wrong, candidates, peers)
+        yield Job("fp8_gemm", f"{m}x{n}x{k}", moved, 2.0 * m * n * k, wrong, candidates, peers, turns=4)
 
 
 def append_jobs(tune: bool) -> Iterator[Job]:
@@ -338,19 +362,31 @@ def compile_all(job: Job) -> None:
 
 
 def measure(job: Job, repeats: int, copy: float) -> list[dict[str, Any]]:
+    samples: dict[str, list[float]] = {}
+    hosts: dict[str, float | None] = {}
+    failed: set[str] = set()
+    for turn in range(job.turns):
+        left = [candidate for candidate in job.candidates if candidate[0] not in failed]
+        for name, call in (left[i] for i in order_of_turn(len(left), turn)):
+            try:
+                reason = "" if turn or "other numbers" in name else job.wrong(answer(job, call))
+                if not reason:
+                    times = -(-(5 if name == "reference" else repeats) // job.turns)
+                    timing = time_calls([call], CUDA, repeats=times)
+                    samples.setdefault(name, []).extend(timing.samples)
+                    hosts[name] = timing.host
+                    continue
+                reason = f"WRONG: {reason}"
+            except Exception as error:  # a peer may fail in any way; its line says how
+                if "illegal" in str(error) or "unspecified launch" in str(error):
+                    raise  # nothing after it on this device can be believed
+                reason = f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:150]
+            print(f"{job.op:14} {job.shape:16} {name:28} {reason}", flush=True)
+            failed.add(name)
+            samples.pop(name, None)
     rows: list[dict[str, Any]] = []
-    for name, call in job.candidates:
-        try:
-            reason = "" if "other numbers" in name else job.wrong(answer(job, call))
-            if reason:
-                print(f"{job.op:14} {job.shape:16} {name:28} WRONG: {reason}", flush=True)
-                continue
-            timing = time_calls([call], CUDA, repeats=5 if name == "reference" else repeats)
-        except Exception as error:  # a peer may fail in any way; its line says how
-            if "illegal" in str(error) or "unspecified launch" in str(error):
-                raise  # nothing after it on this device can be believed
-            print(f"{job.op:14} {job.shape:16} {name:28} {type(error).__name__}: {str(error).splitlines()[:1]}"[:200])
-            continue
+    for name, found in samples.items():
+        timing = Timing(tuple(found), hosts[name])
         rows.append(
             {
                 "op": job.op,
@@ -373,7 +409,7 @@ def measure(job: Job, repeats: int, copy: float) -> list[dict[str, Any]]:
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The best of one job, with the default configuration and the baselines wherever they are."""
     for i, row in enumerate(rows):
-        if i >= SHOWN and row["impl"].startswith("triton "):
+        if i >= SHOWN and row["impl"].startswith(("triton ", "hopper ")):
             continue
         speed = (
             f"{row['tflop_per_s']:5.0f} TFLOP/s" if row["tflop_per_s"] else f"{row['fraction_of_copy']:5.3f} of copy"

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mlakit.quant import act_quant, fp8_gemm, ops, weight_dequant, weight_quant
+from mlakit.quant.hopper_many_launch import ManyRowsConfig, launch_many_rows
 from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
 from mlakit.quant.triton_gemm import GemmConfig, launch_fp8_gemm
 from mlakit.testing import assert_close
@@ -136,6 +137,91 @@ def test_fp8_gemm_by_every_kind_of_configuration(config, m, n, k):
     assert_close(out, reference, fp8_gemm_reference(a, a_scales, b, b_scales))
 
 
+MANY_ROWS = [ManyRowsConfig(256, 4), ManyRowsConfig(128, 6), ManyRowsConfig(256, 4, group=3)]
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a kernel for compute capability 9.0")
+
+
+def _between_nans(x):
+    """The same values, with NaN before and behind them in memory."""
+    nan = 0x7F if x.dtype == F8 else 0xFF  # in every byte
+    room = torch.full((x.nbytes + 2048,), nan, dtype=torch.uint8, device="cuda")
+    inner = room[1024:-1024].view(x.dtype).view(x.shape)
+    return inner.copy_(x)
+
+
+# A row, a row more and less than a product's and a tile's, several tiles; columns of half a tile, of a tile and a half,
+# and such that a result's rows begin anywhere; one block of K, a number of blocks that is no multiple of the four whose
+# scales are fetched at once, a ragged last block, and the most. What lies around the operands is NaN. Every launch
+# gives the same bits, as the order of sums does not depend on the tile.
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype"),
+    [
+        (1, 64, 128, torch.bfloat16),
+        (63, 192, 400, torch.float16),
+        (65, 144, 384, torch.bfloat16),
+        (127, 321, 2304, torch.bfloat16),
+        (129, 7168, 128, torch.bfloat16),
+        (300, 448, 16384, torch.float16),
+        (4100, 192, 640, torch.bfloat16),
+        (2047, 1088, 1024, torch.float32),
+        (513, 2112, 7168, torch.bfloat16),
+        (4096, 576, 1536, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_fp8_gemm_of_many_rows_by_every_configuration(m, n, k, dtype):
+    blocks = -(-k // 128)
+    a, b = (_between_nans(torch.randn(size, k, device="cuda").to(F8)) for size in (m, n))
+    a_scales = _between_nans(torch.rand(m, blocks, device="cuda") + 0.5)
+    b_scales = _between_nans((torch.rand(-(-n // 128), blocks, device="cuda") * 4).exp2() / k)
+    reference = fp8_gemm_reference(a, a_scales, b, b_scales, torch.float64)
+    # A float32 result too is held to a bfloat16 one: the tensor cores keep no more.
+    eager = fp8_gemm_reference(a, a_scales, b, b_scales, torch.bfloat16 if dtype == torch.float32 else dtype)
+    first = None
+    for config in MANY_ROWS:
+        room = torch.full((m * n + 4096,), torch.nan, dtype=dtype, device="cuda")
+        out = room[: m * n].view(m, n)
+        launch_many_rows(a, a_scales, b, b_scales, out, config)
+        assert_close(out, reference, eager)
+        assert room[m * n :].isnan().all()
+        first = out if first is None else first
+        assert torch.equal(out, first)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fp8_gemm_of_many_rows_is_the_same_each_time():
+    a, a_scales = act_quant(torch.randn(1000, 1536, device="cuda"))
+    b, b_scales = weight_quant(torch.randn(1600, 1536, device="cuda"))
+    for config in MANY_ROWS:
+        first, *others = (torch.empty(1000, 1600, dtype=torch.bfloat16, device="cuda") for _ in range(20))
+        for out in (first, *others):
+            launch_many_rows(a, a_scales, b, b_scales, out, config)
+        assert all(torch.equal(first, other) for other in others)
+
+
+# Results, and the operands, beyond 2^31 elements.
+@pytest.mark.parametrize(("m", "n", "k"), [(300_100, 7168, 128), (300_100, 64, 7168)])
+@pytest.mark.usefixtures("hopper")
+def test_fp8_gemm_of_more_than_2_to_the_31_elements(m, n, k):
+    a = torch.zeros(m, k, dtype=torch.uint8, device="cuda").view(F8)
+    a[-200:] = torch.randn(200, k, device="cuda").to(F8)
+    a_scales = torch.rand(m, k // 128, device="cuda") + 0.5
+    b, b_scales = weight_quant(torch.randn(n, k, device="cuda"))
+    tail = (a[-200:], a_scales[-200:], b, b_scales)
+    reference, eager = fp8_gemm_reference(*tail, torch.float64), fp8_gemm_reference(*tail)
+    for config in MANY_ROWS[:2]:
+        out = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device="cuda")
+        launch_many_rows(a, a_scales, b, b_scales, out, config)
+        assert_close(out[-200:], reference, eager)
+        assert not out[:-200].any()  # NaN is not zero
+        del out
+
+
 def test_a_nan_stays_in_its_row():
     a, a_scales = act_quant(torch.randn(70, 256, device="cuda"))
     b, b_scales = weight_quant(torch.randn(200, 256, device="cuda"))
@@ -145,9 +231,11 @@ def test_a_nan_stays_in_its_row():
     assert out.isnan().sum() == 200
 
 
-def test_under_a_cuda_graph():
-    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
-    b, b_scales = weight_quant(torch.randn(300, 512, device="cuda"))
+# Few rows and many; as many columns as the kernels for Hopper take, and others.
+@pytest.mark.parametrize(("rows", "columns"), [(64, 300), (700, 320)])
+def test_under_a_cuda_graph(rows, columns):
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    b, b_scales = weight_quant(torch.randn(columns, 512, device="cuda"))
     fp8_gemm(*act_quant(x), b, b_scales)
     weight_dequant(b, b_scales)
     graph = torch.cuda.CUDAGraph()

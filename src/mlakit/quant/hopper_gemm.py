@@ -1,4 +1,6 @@
-"""`fp8_gemm` of few rows on Hopper, by the kernel that shares a weight out among all multiprocessors."""
+"""`fp8_gemm` on Hopper: of few rows by the kernel that shares a weight out among all multiprocessors, of many by one
+whose two warpgroups scale while the other multiplies.
+"""
 
 import torch
 
@@ -25,4 +27,23 @@ def launch_few_rows(
     from mlakit.hopper_linear import launch_linear
 
     launch_linear(a.view(-1, k), (b,), (out.view(-1, n),), (a_scales, b_scales))
+    return True
+
+
+def launch_many_rows_if_faster(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, out: torch.Tensor
+) -> bool:
+    """As `launch_few_rows`, for many."""
+    n, k = b.shape
+    if not a.is_cuda or k == 0:
+        return False
+    info = device_info(a.device)
+    if info.capability != (9, 0):
+        return False
+    from mlakit.quant.hopper_many_launch import launch_many_rows, many_rows_config, why_not_many_rows
+
+    config = many_rows_config(a.numel() // k, n, k, info.units)
+    if config is None or why_not_many_rows(a, b, out, info.capability):
+        return False
+    launch_many_rows(a, a_scales, b, b_scales, out, config)
     return True

@@ -43,12 +43,13 @@ def run_fp8_gemm(
     a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """What `mlakit::fp8_gemm` does, without the dispatcher."""
-    from mlakit.quant.hopper_gemm import launch_few_rows
+    from mlakit.quant.hopper_gemm import launch_few_rows, launch_many_rows_if_faster
     from mlakit.quant.triton_gemm import launch_fp8_gemm
 
     out = _empty_product(a, a_scales, b, b_scales, dtype)
-    if not launch_few_rows(a, a_scales, b, b_scales, out):
-        launch_fp8_gemm(a, a_scales, b, b_scales, out)
+    tensors = (a, a_scales, b, b_scales, out)
+    if not launch_few_rows(*tensors) and not launch_many_rows_if_faster(*tensors):
+        launch_fp8_gemm(*tensors)
     return out
 
 
