@@ -21,7 +21,7 @@ class HopperConfig:
     resident: int  # programs a multiprocessor
     stages: int = 1  # tiles of keys under way (few heads)
     least: int = 1  # steps of a piece, where nobody names a number of pieces
-    worker_registers: int = 240  # of the second warpgroup of the kernel for many heads
+    worker_registers: int = 240  # of the second warpgroup of the e4m3 kernel for many heads; others keep all they have
     max_registers: int = 255
 
 
