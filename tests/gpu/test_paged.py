@@ -241,7 +241,9 @@ def test_changing_lengths_do_not_recompile() -> None:
         return sum(len(entry[0]) for kernel in kernels for entry in kernel.device_caches.values())
 
     attend(make([200, 1, 1], [1000, 64, 500]), max_seqlen_q=200)
+    attend(make([80], [3000]), max_seqlen_q=80)  # few rows over many keys
     before = compiled()
+    attend(make([99], [4000]), max_seqlen_q=99)
     attend(make([1, 300, 5], [77, 6400, 30]), max_seqlen_q=300)
     attend(make([1, 100, 400, 7], [1, 100, 400, 7]), max_seqlen_q=450)
     assert before > 0

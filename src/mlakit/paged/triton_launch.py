@@ -184,7 +184,6 @@ def _plan_call(
             padded_dim(head_dim),
         )
         cut = {
-            "ROWS": kernels.split_rows,
             "BALANCED": balanced,
             # As in mla_decode: sums over the batch that meet in shared memory tell ptxas that loops are uniform.
             "BLOCK_B": max(256, triton.next_power_of_2(batch)),
@@ -194,7 +193,7 @@ def _plan_call(
             "AFTER_TILES": both,
             "DEPENDENT": dependent,
         }
-        counts = (batch, kv_heads, row_tiles, slots, splits, capacity)
+        counts = (batch, kv_heads, row_tiles, slots, splits, capacity, kernels.split_rows)
         after = {"launch_pdl": True} if dependent else {}
         split = _Launch(
             (slots * kv_heads * row_tiles, 1, 1),

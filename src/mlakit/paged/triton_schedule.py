@@ -3,7 +3,7 @@
 A *slot* is a program for every KV head and tile of query rows. Either the slots share all keys of the batch evenly
 (BALANCED): keys, counted in tiles of BLOCK_N and laid end to end, are cut into equal ranges, and a slot walks through
 the requests of its range. Or every request is cut into a number of pieces that the caller named. Requests of more query
-rows than ROWS, and those without queries, have no keys here: the former are the whole-row kernel's.
+rows than `most_rows`, and those without queries, have no keys here: the former are the whole-row kernel's.
 Programs find their part from the lengths themselves, so that these may change between replays of a CUDA graph.
 """
 
@@ -15,9 +15,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _tiles_of(q_len, length, capacity, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tiles_of(q_len, length, capacity, most_rows, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of keys that the slots share of a request."""
-    mine = (q_len > 0) & (q_len * GROUP <= ROWS)
+    mine = (q_len > 0) & (q_len * GROUP <= most_rows)
     return tl.where(mine, tl.cdiv(tl.minimum(tl.maximum(length, 0), capacity), BLOCK_N), 0)
 
 
@@ -28,8 +28,8 @@ def _all_tiles(
     batch,
     slots,
     capacity,
+    most_rows,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -40,7 +40,7 @@ def _all_tiles(
     begin = tl.load(cu_ptr + requests, mask=live, other=0)
     end = tl.load(cu_ptr + requests + 1, mask=live, other=0)
     length = tl.load(seq_lens_ptr + requests, mask=live, other=0)
-    tiles = _tiles_of(end - begin, length, capacity, GROUP, ROWS, BLOCK_N)
+    tiles = _tiles_of(end - begin, length, capacity, most_rows, GROUP, BLOCK_N)
     return requests, tiles, tl.maximum(tl.cdiv(tl.sum(tiles, 0), slots), MIN_TILES)
 
 
@@ -52,8 +52,8 @@ def _range_of_slot(
     batch,
     slots,
     capacity,
+    most_rows,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -62,7 +62,7 @@ def _range_of_slot(
     an idle slot ends at 0 or before.
     """
     requests, tiles, share = _all_tiles(
-        cu_ptr, seq_lens_ptr, batch, slots, capacity, GROUP, ROWS, BLOCK_B, BLOCK_N, MIN_TILES
+        cu_ptr, seq_lens_ptr, batch, slots, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N, MIN_TILES
     )
     begin = slot * share
     end = tl.minimum(begin + share, tl.sum(tiles, 0))
@@ -102,9 +102,9 @@ def _pieces_of_request(
     slots,
     splits,
     capacity,
+    most_rows,
     BALANCED: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -112,10 +112,10 @@ def _pieces_of_request(
     """First slot and number of pieces of a request: the combine kernel's side. One piece needs no combining; none is a
     request without keys.
     """
-    own = _tiles_of(q_len, length, capacity, GROUP, ROWS, BLOCK_N)
+    own = _tiles_of(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
     if BALANCED:
         requests, tiles, share = _all_tiles(
-            cu_ptr, seq_lens_ptr, batch, slots, capacity, GROUP, ROWS, BLOCK_B, BLOCK_N, MIN_TILES
+            cu_ptr, seq_lens_ptr, batch, slots, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N, MIN_TILES
         )
         before = tl.sum(tl.where(requests < request, tiles, 0), 0)
         first = before // share

@@ -28,7 +28,7 @@ def _store_partial(acc, l, m, partial_ptr, partial_lse_ptr, block, BLOCK_D: tl.c
 
 
 # What changes from batch to batch must not recompile.
-@triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "row_tiles", "stride_tb"])
+@triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "most_rows", "row_tiles", "stride_tb"])
 def _paged_split_kernel(
     q_ptr,
     k_ptr,
@@ -58,12 +58,12 @@ def _paged_split_kernel(
     slots,
     splits,
     capacity,
+    most_rows,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,7 +84,7 @@ def _paged_split_kernel(
     first_row = lane % row_tiles * BLOCK_M
     if BALANCED:
         request, begin, end = _range_of_slot(
-            cu_ptr, seq_lens_ptr, slot, batch, slots, capacity, GROUP, ROWS, BLOCK_B, BLOCK_N, MIN_TILES
+            cu_ptr, seq_lens_ptr, slot, batch, slots, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N, MIN_TILES
         )
     else:
         request = slot // splits
@@ -94,7 +94,7 @@ def _paged_split_kernel(
         q_start = tl.load(cu_ptr + request)
         q_len = tl.load(cu_ptr + request + 1) - q_start
         length = tl.load(seq_lens_ptr + request)
-        tiles = _tiles_of(q_len, length, capacity, GROUP, ROWS, BLOCK_N)
+        tiles = _tiles_of(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
         if BALANCED:
             first_tile = tl.maximum(begin, 0)
             end_tile = tl.minimum(end, tiles)
@@ -131,7 +131,7 @@ def _paged_split_kernel(
         gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "row_tiles", "tokens"])
+@triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "most_rows", "row_tiles", "tokens"])
 def _paged_combine_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -147,11 +147,11 @@ def _paged_combine_kernel(
     slots,
     splits,
     capacity,
+    most_rows,
     tokens,  # rows of q in all; with AFTER_TILES, most of a request that this kernel has
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -185,13 +185,13 @@ def _paged_combine_kernel(
     length = tl.load(seq_lens_ptr + request, mask=exists, other=0)
     q_len = q_end - q_start
     first, count = _pieces_of_request(
-        cu_ptr, seq_lens_ptr, request, q_len, length, batch, slots, splits, capacity, BALANCED, GROUP, ROWS, BLOCK_B,
-        BLOCK_N, MIN_TILES,
+        cu_ptr, seq_lens_ptr, request, q_len, length, batch, slots, splits, capacity, most_rows, BALANCED, GROUP,
+        BLOCK_B, BLOCK_N, MIN_TILES,
     )  # fmt: skip
     if DEPENDENT:
         # Every program waits: this grid must not end before the attention grid has.
         gdc_wait()
-    long = q_len * GROUP > ROWS
+    long = q_len * GROUP > most_rows
     if count == 1:
         return
     if AFTER_TILES and long | (token >= q_len):
