@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mlakit.quant import act_quant, fp8_gemm, ops, weight_dequant, weight_quant
-from mlakit.quant.hopper_many_launch import ManyRowsConfig, launch_many_rows
+from mlakit.quant.hopper_many_launch import ManyRowsConfig, launch_many_rows, many_rows_config
 from mlakit.quant.reference import act_quant_reference, fp8_gemm_reference, weight_dequant_reference
 from mlakit.quant.triton_gemm import GemmConfig, launch_fp8_gemm
 from mlakit.testing import assert_close
@@ -231,11 +231,12 @@ def test_a_nan_stays_in_its_row():
     assert out.isnan().sum() == 200
 
 
-# Few rows and many; as many columns as the kernels for Hopper take, and others.
-@pytest.mark.parametrize(("rows", "columns"), [(64, 300), (700, 320)])
-def test_under_a_cuda_graph(rows, columns):
-    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
-    b, b_scales = weight_quant(torch.randn(columns, 512, device="cuda"))
+# A product by the portable kernel, and one by Hopper's for many rows.
+@pytest.mark.parametrize(("rows", "columns", "k"), [(64, 300, 512), (1024, 2048, 1024)])
+def test_under_a_cuda_graph(rows, columns, k):
+    assert (many_rows_config(rows, columns, k, 132) is None) == (rows == 64)
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    b, b_scales = weight_quant(torch.randn(columns, k, device="cuda"))
     fp8_gemm(*act_quant(x), b, b_scales)
     weight_dequant(b, b_scales)
     graph = torch.cuda.CUDAGraph()
