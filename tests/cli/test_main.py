@@ -1,6 +1,7 @@
 """What holds for every subcommand: exit codes, one line for an error, --version, completion, an unfinished pipe."""
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -98,6 +99,14 @@ def test_exit_codes(error, code, words, monkeypatch, capsys):
     assert words in captured.err
     assert captured.out == ""
     assert (captured.err.count("\n") == 1) == (code != exit_codes.BUG)
+
+
+def test_a_terminal_that_lacks_a_letter_gets_another(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["report", str(RESULTS / "quant.json"), "--markdown"]) == exit_codes.DONE
+    sys.stdout.flush()
+    assert b"| ?s | " in written.getvalue()  # an ASCII terminal has no micro
 
 
 def test_exit_code_1_is_an_answer(tmp_path):

@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import io
 import os
 import shutil
 import sys
@@ -81,6 +82,9 @@ def build_parser(*, studies: bool = True) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, one of `exit_codes`."""
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without a µ gets a question mark: what was measured is not lost for a letter.
+        sys.stdout.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
         completion.answer(build_parser())
     parser = build_parser(studies="study" in words)
