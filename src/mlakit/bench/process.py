@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 _STDERR_TAIL = 4000
+# Seconds. A signal that comes between Python's look for signals and the beginning of a wait is only seen when the wait
+# is over: a Ctrl-C just after a row was not heeded for all of the next row's patience.
+_LONGEST_WAIT = 1.0
 
 
 class WorkerRefusedError(ValueError):
@@ -85,9 +88,12 @@ class Worker:
         except BrokenPipeError:
             raise WorkerDiedError(self._last_words(stage)) from None
         while True:
+            left = deadline - time.monotonic()
             try:
-                event = self._events.get(timeout=max(deadline - time.monotonic(), 0))
+                event = self._events.get(timeout=min(max(left, 0), _LONGEST_WAIT))
             except queue.Empty:
+                if left > _LONGEST_WAIT:
+                    continue
                 self.close()
                 raise WorkerTimeoutError(f"no result within {timeout:g} s, while {stage}") from None
             if event is None:
