@@ -36,8 +36,8 @@ def make(
     k = random_pages(table, shape, dtype=dtype, generator=generator, loud=q_lens)
     v = random_pages(table, shape, dtype=dtype, generator=generator)
     bounds = torch.tensor([0, *q_lens], device="cuda").cumsum(0).int()
-    shape = (sum(q_lens) + spare_tokens, heads, head_dim)
-    q = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+    tokens = sum(q_lens) + spare_tokens
+    q = torch.randn((tokens, heads, head_dim), generator=generator, device="cuda", dtype=dtype)
     q[sum(q_lens) :] = torch.nan
     return q, k, v, table.block_table, table.seq_lens, bounds
 

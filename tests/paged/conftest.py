@@ -12,13 +12,14 @@ from mlakit.testing import assert_close, compare_lse, random_page_table, random_
 
 SCALE = 0.3
 MakeBatch = Callable[..., "Batch"]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs of a call, and what must come of them."""
 
-    inputs: tuple[torch.Tensor, ...]
+    inputs: Inputs
     longest: int
 
     @property
@@ -29,8 +30,8 @@ class Batch:
     def check(self, out: torch.Tensor, lse: torch.Tensor, causal: bool = True) -> None:
         """Compare with float64."""
         options: dict[str, Any] = {"softmax_scale": SCALE, "causal": causal}
-        wide = [x.double() for x in self.inputs[:3]]
-        expected, expected_lse = paged_attention_reference(*wide, *self.inputs[3:], **options)
+        q, k, v, *where = self.inputs
+        expected, expected_lse = paged_attention_reference(q.double(), k.double(), v.double(), *where, **options)
         eager, _ = paged_attention_reference(*self.inputs, **options)
         assert_close(out, expected, eager)
         found = compare_lse(lse, expected_lse)
