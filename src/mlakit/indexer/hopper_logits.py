@@ -8,7 +8,6 @@ loaded ahead, also those of the next item, and its queries. Each warpgroup is a 
 four are one, share an item's queries and take every fourth tile each: then there is room for more tiles ahead.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_ALL = gl.constexpr(tl.PropagateNan.ALL)
 TILE = gl.constexpr(64)
 DIM = gl.constexpr(128)
 

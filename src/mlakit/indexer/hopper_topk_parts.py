@@ -19,7 +19,6 @@ _LOWEST = gl.constexpr(-3.4028234663852886e38)
 # words, which may run into the bins. Then the members of the wanted bin, and what all threads must know.
 _HIST = gl.constexpr(32768)
 _MEMBER = gl.constexpr(40960)
-_STATE = gl.constexpr(45056)
 _FOUND = gl.constexpr(45056)  # the wanted bin, how many are above it, how many in it
 _COUNTER = gl.constexpr(45056 + 12)  # of members
 _LAST = gl.constexpr(45056 + 16)  # the k-th largest: its value, its index, whether an equal one is left behind

@@ -8,7 +8,6 @@ import torch
 from mlakit.hardware import capability
 
 BLOCK_M = 128  # query rows of a tile: 64 for each of two warpgroups
-_MIN_PART = 64  # columns of 16 bits that the 128-byte swizzle of shared memory takes at least
 _MAX_TICKETS = 2**31 - 2**20  # tiles are numbered with 32 bits, with room for the tickets that find none left
 
 
