@@ -1,9 +1,11 @@
+import inspect
 import re
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mlakit
 from mlakit import dispatch
 from mlakit.decode import mla_decode
 from mlakit.dispatch import check_dtype, check_shape, choose_triton, unobserved, which_impl, why_not_triton
@@ -133,6 +135,18 @@ def test_which_impl_of_decode_on_hopper(latent_dim, expected):
         table, lens = torch.empty((64, 64), dtype=torch.int32), torch.empty(64, dtype=torch.int32)
         found = which_impl(mla_decode, q, cache, table, lens, softmax_scale=0.1, kv_lora_rank=latent_dim - 64)
     assert found == expected
+
+
+def test_an_implementation_is_asked_for_by_name_only():
+    """Arguments may be added before it without a call changing its meaning."""
+    functions = [getattr(mlakit, name) for name in mlakit.__all__]
+    found = [
+        parameter.kind
+        for function in functions
+        if inspect.isfunction(function) and (parameter := inspect.signature(function).parameters.get("impl"))
+    ]
+    assert len(found) > 10
+    assert set(found) == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_what_is_no_tensor_is_named():

@@ -42,6 +42,7 @@ def test_gradients_are_the_slices_and_the_sum_over_heads(impl):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"k_nope": [[1.0]]}, "k_nope must be a tensor, got list"),
         ({"k_nope": torch.zeros(3, 5)}, "k_nope must have shape [B, H, Dn], got [3, 5]"),
         ({"k_pe": torch.zeros(3, 5, 4).bfloat16()}, "k_pe must have shape [3, 1, Dr], got [3, 5, 4]"),
         ({"k_pe": torch.zeros(2, 1, 4).bfloat16()}, "k_pe must have shape [3, 1, Dr], got [2, 1, 4]"),

@@ -126,6 +126,7 @@ def test_no_tokens():
         ({"out": torch.zeros(3, 5, 9).bfloat16()}, "out must have shape [3, 5, 8], got [3, 5, 9]"),
         ({"out": torch.zeros(3, 5, 8)}, "out must be torch.bfloat16, got torch.float32"),
         ({"out": torch.zeros(3, 5, 8).bfloat16().requires_grad_()}, "out= is not differentiable"),
+        ({"x": [1.0]}, "x must be a tensor, got list"),
         ({"impl": "cuda"}, "unknown impl 'cuda'; expected one of reference, triton"),
     ],
 )

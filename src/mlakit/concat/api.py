@@ -8,7 +8,7 @@ from mlakit.dispatch import check_device, check_dtype, check_shape, choose_trito
 
 
 def concat_k(
-    k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor | None = None, impl: str | None = None
+    k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor | None = None, *, impl: str | None = None
 ) -> torch.Tensor:
     """Build the keys of MHA mode: every head's own part, then the rotated part that all heads share.
 
@@ -31,7 +31,7 @@ def concat_k(
 
     Source: DeepSeek-V2 (arXiv:2405.04434), equation 18.
     """
-    check_shape("k_nope", k_nope, ("B", "S", "H", "Dn") if k_nope.ndim == 4 else ("B", "H", "Dn"))
+    check_shape("k_nope", k_nope, ("B", "S", "H", "Dn") if getattr(k_nope, "ndim", 3) == 4 else ("B", "H", "Dn"))
     *tokens, heads, nope = k_nope.shape
     check_shape("k_pe", k_pe, (*tokens, 1, "Dr"))
     check_dtype("k_pe", k_pe, k_nope.dtype)

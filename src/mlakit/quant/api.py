@@ -11,7 +11,7 @@ _BLOCK = 128
 
 
 def act_quant(
-    x: torch.Tensor, block_size: int = 128, scale_fmt: str | None = None, impl: str | None = None
+    x: torch.Tensor, block_size: int = 128, scale_fmt: str | None = None, *, impl: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations to float8 in tiles of 1 x `block_size`.
 
@@ -47,6 +47,7 @@ def weight_dequant(
     scales: torch.Tensor,
     block_size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
+    *,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Dequantize a weight that has a scale for each block of `block_size` x `block_size`.
@@ -85,6 +86,7 @@ def fp8_gemm(
     b: torch.Tensor,
     b_scales: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
+    *,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Multiply float8 activations with a float8 weight: a @ b.T, each scaled block by block.

@@ -52,7 +52,7 @@ def apply_rope(
     Source: RoFormer (arXiv:2104.09864), section 3.4.2; DeepSeek-V2 (arXiv:2405.04434), section 2.1.3.
     """
     key = None
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if getattr(x, "is_cuda", False) and not torch.compiler.is_compiling():
         # Checking all of it takes the host longer than the kernel takes the GPU: what was found right once is.
         tensors = (x, cos, sin, cos if positions is None else positions, x if out is None else out)
         key = (
@@ -100,9 +100,9 @@ def _check(
     layout: str,
     out: torch.Tensor | None,
 ) -> None:
+    check_dtype("x", x, *_FLOATS)
     if x.ndim not in (3, 4):
         raise ValueError(f"x must have shape [T, H, D] or [B, T, H, D], got {list(x.shape)}")
-    check_dtype("x", x, *_FLOATS)
     check_last_dim_contiguous("x", x)
     if x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension, as rope turns pairs; got {x.shape[-1]}")
