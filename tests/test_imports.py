@@ -24,6 +24,7 @@ LAYERS = [
         "hopper_linear",
         "triton_e4m3",
         "triton_launch",
+        "triton_pieces",
     },
     OPERATIONS,
     {"nn", "compat"},

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mlakit.decode.triton_schedule import _partial_index, _pieces_of_request
+from mlakit.decode.triton_schedule import _pieces_of_request
+from mlakit.triton_pieces import add_pieces, partial_index
 
 
 @triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "rows", "row_tiles"])
@@ -60,17 +61,11 @@ def _mla_decode_combine_kernel(
         live = pieces < count
         index = begin + pieces
         if BALANCED:
-            index = _partial_index(index, pieces == 0)
+            index = partial_index(index, pieces == 0)
         at = (index.to(tl.int64) * row_tiles + row // BLOCK_M) * BLOCK_M + row % BLOCK_M
         part_lse = tl.load(partial_lse_ptr + at, mask=live, other=-float("inf"))
         part = tl.load(partial_ptr + at[:, None] * RANK + cols[None, :], mask=live[:, None], other=0.0)
-        m_new = tl.maximum(m, tl.max(part_lse, 0))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf
-        old = tl.exp2(m - shift)
-        weight = tl.exp2(part_lse - shift)
-        l = l * old + tl.sum(weight, 0)
-        acc = acc * old + tl.sum(part * weight[:, None], 0)
-        m = m_new
+        acc, m, l = add_pieces(acc, m, l, part, part_lse)
     LN2: tl.constexpr = 0.6931471805599453
     # `l == 0` only where no piece saw a key.
     out = tl.where(l == 0.0, 0.0, acc / l)

@@ -17,7 +17,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mlakit.decode.triton_fp8 import _latent, _load_query, _rope, _rows_at
-from mlakit.decode.triton_schedule import _even_bounds, _even_pieces, _partial_index, _range_of_slot, _tiles_of
+from mlakit.decode.triton_schedule import _even_bounds, _even_pieces, _range_of_slot, _tiles_of
+from mlakit.triton_pieces import partial_index
 
 
 @triton.jit
@@ -334,7 +335,7 @@ def _mla_decode_kernel(
                 tiles = _tiles_of(length, capacity, BLOCK_N)
                 taken = tl.minimum(end, tiles) - tl.maximum(begin, 0)
                 own = program + _zero_by(length)
-                partial = tl.where(taken == tiles, -1, _partial_index(own // row_tiles, begin <= 0))
+                partial = tl.where(taken == tiles, -1, partial_index(own // row_tiles, begin <= 0))
                 _write(
                     acc_a, acc_b, l, m, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, kv_scale,
                     stride_ob, stride_os, stride_oh,

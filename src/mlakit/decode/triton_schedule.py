@@ -123,12 +123,6 @@ def _even_bounds(piece, count, length, capacity, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _partial_index(slot, starts_request):
-    """Where an evenly shared slot keeps a partial result: the request it leaves to the next slot comes second."""
-    return 2 * slot + starts_request.to(tl.int32)
-
-
-@triton.jit
 def _pieces_of_request(
     seq_lens_ptr,
     request,

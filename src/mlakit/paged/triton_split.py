@@ -11,11 +11,11 @@ from mlakit.paged.triton_attend import _attend, _store_rows
 from mlakit.paged.triton_schedule import (
     _even_bounds,
     _even_pieces,
-    _partial_index,
     _pieces_of_request,
     _range_of_slot,
     _tiles_of,
 )
+from mlakit.triton_pieces import add_pieces, partial_index
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _paged_split_kernel(
         if BALANCED:
             first_tile = tl.maximum(begin, 0)
             end_tile = tl.minimum(end, tiles)
-            partial = tl.where(end_tile - first_tile == tiles, -1, _partial_index(slot, begin <= 0))
+            partial = tl.where(end_tile - first_tile == tiles, -1, partial_index(slot, begin <= 0))
         else:
             piece = slot % splits
             count = _even_pieces(tiles, splits)
@@ -207,17 +207,11 @@ def _paged_combine_kernel(
         live = pieces < count
         index = first + pieces
         if BALANCED:
-            index = _partial_index(index, pieces == 0)
+            index = partial_index(index, pieces == 0)
         place = index.to(tl.int64) * (kv_heads * row_tiles * BLOCK_M) + block
         part_lse = tl.load(partial_lse_ptr + place, mask=live, other=-float("inf"))
         part = tl.load(partial_ptr + place[:, None] * BLOCK_D + cols[None, :], mask=live[:, None], other=0.0)
-        m_new = tl.maximum(m, tl.max(part_lse, 0))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that sees no key: 0 instead of inf - inf
-        old = tl.exp2(m - shift)
-        weight = tl.exp2(part_lse - shift)
-        l = l * old + tl.sum(weight, 0)
-        acc = acc * old + tl.sum(part * weight[:, None], 0)
-        m = m_new
+        acc, m, l = add_pieces(acc, m, l, part, part_lse)
     LN2: tl.constexpr = 0.6931471805599453
     out = tl.where(l == 0.0, 0.0, acc / l)
     lse = tl.where(l == 0.0, -float("inf"), (m + tl.log2(l)) * LN2)
