@@ -34,23 +34,22 @@ def decode_all_slots(
     causal: bool,
 ) -> None:
     """Fill `out` and `lse`, without waiting for the device. Inputs are valid already."""
-    q_len, page_size = q.shape[1], cache.shape[1]
-    if not q.is_contiguous() or q.data_ptr() % 16:
+    from mlakit.decode.triton_all_slots import _launch_all_slots, _launch_finish  # importing mlakit loads no triton
+
+    if any(stride % 8 for stride in q.stride()[:3]) or q.data_ptr() % 16:
         q = q.clone(memory_format=torch.contiguous_format)
-    within = torch.arange(page_size, dtype=torch.int32, device=q.device)
-    slots = (block_table[:, :, None] * page_size + within).flatten(1)
-    seen = seq_lens[:, None].expand(-1, q_len)
-    if causal and q_len > 1:
-        seen = seen - torch.arange(q_len - 1, -1, -1, dtype=torch.int32, device=q.device)
+    (batch, q_len), page_size = q.shape[:2], cache.shape[1]
+    capacity = block_table.shape[1] * page_size
+    slots = torch.empty((batch, 1, capacity), dtype=torch.int32, device=q.device)
+    seen = torch.empty((batch, q_len), dtype=torch.int32, device=q.device)
+    _launch_all_slots(block_table, seq_lens, slots, seen, page_size=page_size, causal=causal)
     _, logs = mla_sparse_decode(
         q,
         cache,
-        slots[:, None].expand(-1, q_len, -1),
+        slots.expand(-1, q_len, -1),
         softmax_scale=softmax_scale,
-        topk_length=seen.contiguous(),
+        kv_lora_rank=out.shape[-1],
+        topk_length=seen,
         out=out,
     )
-    # A table too short for its request cannot be refused without a host sync; NaN is louder than attention over a part.
-    too_long = seq_lens > slots.shape[1]
-    out.masked_fill_(too_long[:, None, None, None], float("nan"))
-    lse.copy_(logs.masked_fill_(too_long[:, None, None], float("nan")))
+    _launch_finish(seq_lens, logs, out, lse, capacity=capacity)
