@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mlakit.decode.triton_schedule import _pieces_of_request
-from mlakit.triton_pieces import add_pieces, partial_index
+from mlakit.triton_pieces import add_pieces, of_all_requests, partial_index, pieces_of_request, tiles_of
 
 
 @triton.jit(do_not_specialize=["batch", "slots", "splits", "capacity", "rows", "row_tiles"])
@@ -39,14 +38,14 @@ def _mla_decode_combine_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """One program merges BLOCK_C columns of one query row; it loads up to BLOCK_P partials at once, so that latency
-    is paid once. Empty requests are written here if the batch is shared evenly: no slot has them.
+    is paid once. Empty requests are written here: where the batch is shared evenly, no slot has them.
     """
     request = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
-    begin, count = _pieces_of_request(
-        seq_lens_ptr, request, batch, slots, splits, capacity, BALANCED, BLOCK_B, BLOCK_N, MIN_TILES
-    )
     length = tl.load(seq_lens_ptr + request)
+    own = tiles_of(length, capacity, BLOCK_N)
+    tiles = tiles_of(of_all_requests(seq_lens_ptr, batch, BLOCK_B), capacity, BLOCK_N)
+    begin, count = pieces_of_request(tiles, request, own, slots, splits, BALANCED, BLOCK_B, MIN_TILES)
     if DEPENDENT:
         # Every program waits: this grid must not end before the attention grid has.
         gdc_wait()

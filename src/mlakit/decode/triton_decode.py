@@ -17,8 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mlakit.decode.triton_fp8 import _latent, _load_query, _rope, _rows_at
-from mlakit.decode.triton_schedule import _even_bounds, _even_pieces, _range_of_slot, _tiles_of
-from mlakit.triton_pieces import partial_index
+from mlakit.triton_pieces import even_bounds, even_pieces, of_all_requests, partial_index, range_of_slot, tiles_of
 
 
 @triton.jit
@@ -312,14 +311,11 @@ def _mla_decode_kernel(
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0)  # the tiles of one slot run side by side and share its keys in L2
     if BALANCED:
-        first, final, begin, end = _range_of_slot(
-            seq_lens_ptr, program // row_tiles, batch, slots, capacity, BLOCK_B, BLOCK_N, MIN_TILES
-        )
-        request = first
-        end = tl.where(first <= final, end, 0)
+        all_tiles = tiles_of(of_all_requests(seq_lens_ptr, batch, BLOCK_B), capacity, BLOCK_N)
+        request, begin, end = range_of_slot(all_tiles, program // row_tiles, slots, BLOCK_B, MIN_TILES)
         while end > 0:  # not a count of requests: two registers more
             length = tl.load(seq_lens_ptr + request)
-            tiles = _tiles_of(length, capacity, BLOCK_N)
+            tiles = tiles_of(length, capacity, BLOCK_N)
             first_tile = tl.maximum(begin, 0)
             end_tile = tl.minimum(end, tiles)
             if first_tile < end_tile:
@@ -332,7 +328,7 @@ def _mla_decode_kernel(
                 )  # fmt: skip
                 # Loaded again, and everything that follows from it worked out again: nothing waits in a register.
                 length = tl.load(seq_lens_ptr + request, volatile=True)
-                tiles = _tiles_of(length, capacity, BLOCK_N)
+                tiles = tiles_of(length, capacity, BLOCK_N)
                 taken = tl.minimum(end, tiles) - tl.maximum(begin, 0)
                 own = program + _zero_by(length)
                 partial = tl.where(taken == tiles, -1, partial_index(own // row_tiles, begin <= 0))
@@ -350,9 +346,10 @@ def _mla_decode_kernel(
         request = slot // splits
         piece = slot % splits
         length = tl.load(seq_lens_ptr + request)
-        count = _even_pieces(length, splits, capacity, BLOCK_N)
+        tiles = tiles_of(length, capacity, BLOCK_N)
+        count = even_pieces(tiles, splits)
         if piece < count:
-            first_tile, end_tile = _even_bounds(piece, count, length, capacity, BLOCK_N)
+            first_tile, end_tile = even_bounds(piece, count, tiles)
             partial = tl.where(count == 1, -1, slot)
             acc_a, acc_b, l, m = _attend(
                 q_ptr, cache_ptr, table_ptr, scale_log2,

@@ -9,9 +9,9 @@ import triton
 from mlakit.decode.triton_combine import _mla_decode_combine_kernel
 from mlakit.decode.triton_decode import _mla_decode_kernel
 from mlakit.decode.triton_fp8 import AS_QUERY, E4M3, E4M3_ROWS
-from mlakit.decode.triton_schedule import plan_slots
 from mlakit.hardware import DeviceInfo, device_info
 from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_pieces import plan_slots
 
 _FORMATS = {torch.float8_e4m3fn: E4M3, torch.uint8: E4M3_ROWS}
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
@@ -183,7 +183,7 @@ def _plan_call(
     min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
     plan = plan_slots(
         batch=batch,
-        row_tiles=row_tiles,
+        programs=row_tiles,
         capacity=capacity,
         block_n=config.block_n,
         resident=device.units * config.resident,

@@ -10,9 +10,9 @@ from mlakit.hardware import DeviceInfo, device_info
 from mlakit.paged.config import MIN_PIECE_KEYS, Kernels, PagedConfig, choose_kernels, padded_dim
 from mlakit.paged.triton_split import _paged_combine_kernel, _paged_split_kernel
 from mlakit.paged.triton_tiles import _paged_tiles_kernel
-from mlakit.triton_launch import Launches
+from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_pieces import plan_slots
 
-LOG2E = 1.4426950408889634
 _L2_TARGET_BYTES = 24 * 2**20  # of the 40 MB that an A100 has and the 60 MB of an H200
 _TILES, _SPLIT, _COMBINE = Launches(_paged_tiles_kernel), Launches(_paged_split_kernel), Launches(_paged_combine_kernel)
 
@@ -176,15 +176,19 @@ def _plan_call(
     if (config := kernels.split) is not None:
         row_tiles = triton.cdiv(kernels.split_rows, config.block_m)
         min_tiles = max(1, MIN_PIECE_KEYS // config.block_n)
-        slots = _count_slots(config, batch, kv_heads * row_tiles, capacity, min_tiles, num_splits, device.units)
-        balanced = num_splits is None
-        splits = 0 if num_splits is None else slots // max(batch, 1)
-        partials = (
-            (2 * slots if balanced else slots) * kv_heads * row_tiles * config.block_m,
-            padded_dim(head_dim),
+        programs = kv_heads * row_tiles
+        plan = plan_slots(
+            batch=batch,
+            programs=programs,
+            capacity=capacity,
+            block_n=config.block_n,
+            resident=device.units * config.resident,
+            min_tiles=min_tiles,
+            num_splits=num_splits,
         )
+        partials = (plan.partials * programs * config.block_m, padded_dim(head_dim))
         cut = {
-            "BALANCED": balanced,
+            "BALANCED": plan.splits is None,
             # As in mla_decode: sums over the batch that meet in shared memory tell ptxas that loops are uniform.
             "BLOCK_B": max(256, triton.next_power_of_2(batch)),
             "BLOCK_M": config.block_m,
@@ -193,10 +197,10 @@ def _plan_call(
             "AFTER_TILES": both,
             "DEPENDENT": dependent,
         }
-        counts = (batch, kv_heads, row_tiles, slots, splits, capacity, kernels.split_rows)
+        counts = (batch, kv_heads, row_tiles, plan.slots, plan.splits or 0, capacity, kernels.split_rows)
         after = {"launch_pdl": True} if dependent else {}
         split = _Launch(
-            (slots * kv_heads * row_tiles, 1, 1),
+            (plan.slots * programs, 1, 1),
             (*reads, *writes, *counts),
             {
                 **shared,
@@ -209,7 +213,7 @@ def _plan_call(
             {**_options(config), **(after if both else {})},
         )
         # Most partial results that a request is likely to have: loaded at once, so that latency is paid once.
-        pieces = splits or triton.cdiv(slots, max(batch, 1)) + 1
+        pieces = plan.splits or triton.cdiv(plan.slots, max(batch, 1)) + 1
         few_tokens = max(1, kernels.split_rows // group)
         combine = _Launch(
             ((batch * few_tokens if both else tokens) * heads, 1, 1),
@@ -218,28 +222,6 @@ def _plan_call(
             {"num_warps": 1 if pieces <= 8 else 4, **after},
         )
     return _CallPlan(tiles, split, combine, partials)
-
-
-def _count_slots(
-    config: PagedConfig,
-    batch: int,
-    programs: int,
-    capacity: int,
-    min_tiles: int,
-    num_splits: int | None,
-    units: int,
-) -> int:
-    """Slots of `programs` programs each: one wave, as all get the same work; several where one would leave part of the
-    device idle.
-    """
-    tiles = max(1, triton.cdiv(capacity, config.block_n))
-    if num_splits is not None:
-        return batch * min(num_splits, tiles)
-    resident = units * config.resident
-    slots = resident // programs
-    if slots * programs < 0.8 * resident:
-        slots = max(1, 4 * resident // programs)
-    return max(1, min(slots, batch * triton.cdiv(tiles, min_tiles)))
 
 
 def _last_offset(cache: torch.Tensor) -> int:

@@ -8,14 +8,34 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mlakit.paged.triton_attend import _attend, _store_rows
-from mlakit.paged.triton_schedule import (
-    _even_bounds,
-    _even_pieces,
-    _pieces_of_request,
-    _range_of_slot,
-    _tiles_of,
+from mlakit.triton_pieces import (
+    add_pieces,
+    even_bounds,
+    even_pieces,
+    of_all_requests,
+    partial_index,
+    pieces_of_request,
+    range_of_slot,
+    tiles_of,
 )
-from mlakit.triton_pieces import add_pieces, partial_index
+
+
+@triton.jit
+def _few_rows_tiles(q_len, length, capacity, most_rows, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of keys that the slots share of a request: none without queries, nor of more query rows than `most_rows`,
+    which is the whole-row kernel's.
+    """
+    mine = (q_len > 0) & (q_len * GROUP <= most_rows)
+    return tl.where(mine, tiles_of(length, capacity, BLOCK_N), 0)
+
+
+@triton.jit
+def _few_rows_tiles_of_all(
+    cu_ptr, seq_lens_ptr, batch, capacity, most_rows, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    q_len = of_all_requests(cu_ptr + 1, batch, BLOCK_B) - of_all_requests(cu_ptr, batch, BLOCK_B)
+    length = of_all_requests(seq_lens_ptr, batch, BLOCK_B)
+    return _few_rows_tiles(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
 
 
 @triton.jit
@@ -83,9 +103,8 @@ def _paged_split_kernel(
     kv_head = lane // row_tiles
     first_row = lane % row_tiles * BLOCK_M
     if BALANCED:
-        request, begin, end = _range_of_slot(
-            cu_ptr, seq_lens_ptr, slot, batch, slots, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N, MIN_TILES
-        )
+        all_tiles = _few_rows_tiles_of_all(cu_ptr, seq_lens_ptr, batch, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N)
+        request, begin, end = range_of_slot(all_tiles, slot, slots, BLOCK_B, MIN_TILES)
     else:
         request = slot // splits
         begin = 0
@@ -94,15 +113,15 @@ def _paged_split_kernel(
         q_start = tl.load(cu_ptr + request)
         q_len = tl.load(cu_ptr + request + 1) - q_start
         length = tl.load(seq_lens_ptr + request)
-        tiles = _tiles_of(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
+        tiles = _few_rows_tiles(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
         if BALANCED:
             first_tile = tl.maximum(begin, 0)
             end_tile = tl.minimum(end, tiles)
             partial = tl.where(end_tile - first_tile == tiles, -1, partial_index(slot, begin <= 0))
         else:
             piece = slot % splits
-            count = _even_pieces(tiles, splits)
-            first_tile, end_tile = _even_bounds(piece, count, tiles)
+            count = even_pieces(tiles, splits)
+            first_tile, end_tile = even_bounds(piece, count, tiles)
             end_tile = tl.where(piece < count, end_tile, 0)
             partial = tl.where(count == 1, -1, slot)
         if (first_tile < end_tile) & (first_row < q_len * GROUP):
@@ -184,10 +203,9 @@ def _paged_combine_kernel(
     q_end = tl.load(cu_ptr + request + 1, mask=exists, other=0)
     length = tl.load(seq_lens_ptr + request, mask=exists, other=0)
     q_len = q_end - q_start
-    first, count = _pieces_of_request(
-        cu_ptr, seq_lens_ptr, request, q_len, length, batch, slots, splits, capacity, most_rows, BALANCED, GROUP,
-        BLOCK_B, BLOCK_N, MIN_TILES,
-    )  # fmt: skip
+    own = _few_rows_tiles(q_len, length, capacity, most_rows, GROUP, BLOCK_N)
+    tiles = _few_rows_tiles_of_all(cu_ptr, seq_lens_ptr, batch, capacity, most_rows, GROUP, BLOCK_B, BLOCK_N)
+    first, count = pieces_of_request(tiles, request, own, slots, splits, BALANCED, BLOCK_B, MIN_TILES)
     if DEPENDENT:
         # Every program waits: this grid must not end before the attention grid has.
         gdc_wait()
