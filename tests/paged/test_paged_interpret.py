@@ -23,11 +23,13 @@ SPLIT, ROWS = PagedConfig(16, 16, 4, 3, 1), PagedConfig(32, 16, 4, 2)
 
 # Decode: no key, one, around a tile and a page; a request of fewer keys than queries, one without queries, and a row
 # of no request's. Pages below, at and above a tile, and one that no tile divides. Groups of 3, 1 and 20 heads; a head
-# dim that is no power of two. Pieces: balanced, one, more than there are tiles.
+# dim that is no power of two. Pieces: balanced, one (also where no table holds more than 128 keys), more than there are
+# tiles.
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens", "shape", "page_size", "num_splits"),
     [
         ([1, 1, 1, 0], [5, 0, 65, 8], (3, 1, 16), 16, None),
+        ([1, 1, 1, 0, 1], [5, 0, 145, 8, 20], (3, 1, 16), 16, None),
         ([1, 1], [150, 31], (2, 2, 24), 5, None),
         ([3, 2], [2, 70], (20, 1, 16), 64, 9),
         ([1, 1], [33, 1], (2, 1, 16), 1, 1),
@@ -65,7 +67,7 @@ def test_decode(
 def test_mixed(make_batch: "MakeBatch", causal: bool) -> None:
     from mlakit.paged.triton_launch import _launch_paged
 
-    batch = make_batch([20, 1, 0, 17, 2], [20, 40, 8, 50, 0], heads=6, spare_tokens=3)
+    batch = make_batch([20, 1, 0, 17, 2], [20, 140, 8, 50, 0], heads=6, spare_tokens=3)
     out, lse = poison_(torch.empty_like(batch.q)), poison_(torch.empty(batch.q.shape[:2]))
     config = PagedConfig(64, 16, 4, 2)
     with pretend(SMALL_GPU):
