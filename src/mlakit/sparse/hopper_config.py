@@ -71,8 +71,8 @@ def is_taken(q: torch.Tensor, keys: torch.Tensor) -> bool:
     """Is this kernel the default for inputs that it can run?
 
     Where it was measured to be faster than the portable one. H200, keys of 16 bits: prefill 1.9 to 2.1 times with 128
-    heads, 1.2 times with 16; decode of 8 requests of 128 heads, and of 128 of 16, 1.2 times. From the float8 cache 16
-    requests of 16 heads take 31 us instead of 32, 8 of 128 heads 30 instead of 44, 128 of 16 heads 121 instead of 142;
-    but 8 of 16 heads 23 instead of 22 and one of 128 heads 21 instead of 19.5.
+    heads, 1.2 times with 16; decode of 8 requests of 128 heads 1.8 times, of 128 of 16 heads 1.2 times. From the float8
+    cache 16 requests of 16 heads take 31 us instead of 32, 8 of 128 heads 30 instead of 44, 128 of 16 heads 121 instead
+    of 142; but 8 of 16 heads 23 instead of 22 and one of 128 heads 21 instead of 19.5.
     """
     return q.ndim == 3 or q.shape[0] * q.shape[1] * -(-q.shape[2] // ROWS) >= 16
