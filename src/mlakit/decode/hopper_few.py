@@ -20,20 +20,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlakit.decode.hopper_parts import (
+    VARYING,
     _arrive,
     _await,
     _barrier,
+    _barriers,
     _copy_tile,
-    _fetch_into_l2,
     _fetch_table,
-    _row_at,
+    _finite,
+    _inverse,
+    _load_lengths,
+    _lse,
     _same_for_warp,
+    _sight,
     _tile_rows,
     _uniform,
     _zero_tail,
 )
-from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces
-from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _piece_of_one, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces, _row_at
+from mlakit.decode.hopper_schedule import _partial_at, _piece, _piece_of_one, _share_out, _share_out_one
 
 
 @gluon.jit
@@ -49,21 +54,7 @@ def _fill_right(k_desc, page_rows, keys, full, wanted, PAGE: gl.constexpr):
     _copy_tile(k_desc, page_rows, 256, keys, full, wanted, PAGE)
 
 
-# What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(
-    do_not_specialize=[
-        "stride_tb",
-        "batch",
-        "q_len",
-        "heads",
-        "capacity",
-        "slots",
-        "splits",
-        "most_pieces",
-        "slot_items",
-        "zero",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def _mla_decode_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
@@ -80,26 +71,20 @@ def _mla_decode_few_kernel(
     of_key: gl.constexpr = gl.SliceLayout(1, product)
     of_row: gl.constexpr = gl.SliceLayout(0, product)
     slot = gl.program_id(0)
-    if BLOCK_B == 1:
-        length_of_all = gl.load(seq_lens_ptr)
-        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
-    else:
-        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    requests, lens = _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE, BLOCK_B)
+    if BLOCK_B > 1:
         _fetch_table(table_ptr, batch * stride_tb * 4)
     queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_R, 256], matrix)
     q_rope = gl.allocate_shared_memory(DTYPE, [1, BLOCK_R, 64], matrix)
     keys = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 64, 256], matrix)
     ropes = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], matrix)
     weights = gl.allocate_shared_memory(DTYPE, [1, 64, BLOCK_R], narrow)
-    full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * STAGES):
-        mbarrier.init(full.index(i), count=1)
-    mbarrier.init(full_q, count=1)
+    full = _barriers(2 * STAGES, 1)
+    full_q = _barriers(1, 1).index(0)
     fence_async_shared()
     _barrier()
     if BLOCK_B == 1:
-        only_length = _uniform(length_of_all)
+        only_length = _uniform(lens)
         begin, end, aligned, pieces, share, start_before = _share_out_one(
             only_length, slot, splits, most_pieces, slot_items, capacity, 64, LEAST
         )
@@ -141,12 +126,7 @@ def _mla_decode_few_kernel(
                 _fill_left(k_desc, r_desc, now, keys.index(2 * stage), ropes.index(stage), left_full, wanted, PAGE)
                 _fill_right(k_desc, now, keys.index(2 * stage + 1), right_full, wanted, PAGE)
             next_row = _tile_rows(table, first + STAGES, last_key, PAGE)
-            if CAUSAL:
-                sight = valid - q_len + 1 + row // heads
-                shortest = valid - q_len + 1
-            else:
-                sight = gl.full([BLOCK_R], 0, gl.int32, of_row) + valid
-                shortest = valid
+            sight, shortest = _sight(valid, q_len, heads, row, 0, CAUSAL)
             m = gl.full([BLOCK_R], -float("inf"), gl.float32, of_row)
             l = gl.zeros([64, BLOCK_R], gl.float32, product)
             o_left = gl.zeros([256, BLOCK_R], gl.float32, product)
@@ -183,9 +163,7 @@ def _mla_decode_few_kernel(
                 if at + 64 > shortest:
                     s = gl.where((at + key)[:, None] < sight[None, :], s, -float("inf"))
                 m_new = gl.maximum(m, gl.max(s, 0) * scale_log2)
-                shift = m_new
-                if CAUSAL:  # a row that has seen no key yet: 0 instead of inf - inf
-                    shift = gl.where(m_new == -float("inf"), 0.0, m_new)
+                shift = _finite(m_new, CAUSAL)
                 factor = gl.exp2(m - shift)
                 m = m_new
                 p = gl.exp2(s * scale_log2 - shift[None, :])
@@ -206,11 +184,8 @@ def _mla_decode_few_kernel(
                 next_row = then_row
             done += 1
             total = gl.sum(l, 0)
-            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
-            # over a part.
-            inverse = gl.where(total == 0.0, 0.0, 1.0 / total)
-            inverse = gl.where(length > capacity, float("nan"), inverse)
-            lse = gl.where(total == 0.0, -float("inf"), m + gl.log2(total))
+            inverse = _inverse(total, 1.0, length, capacity)
+            lse = _lse(m, total)
             o_left = o_left * inverse[None, :]
             o_right = o_right * inverse[None, :]
             # Through the keys' memory, so that rows are written whole.

@@ -23,26 +23,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlakit.decode.hopper_fp8_parts import (
-    BASE,
-    _add_halves,
-    _fill,
+from mlakit.decode.hopper_fp8_parts import BASE, _add_values, _fill, _kept_maximum, _largest, _rescale, _words
+from mlakit.decode.hopper_parts import (
+    VARYING,
+    _barrier,
+    _barriers,
     _finite,
-    _kept_maximum,
-    _largest,
-    _words,
+    _inverse,
+    _load_lengths,
+    _lse,
+    _own_share,
+    _same_for_warp,
+    _sight,
+    _tile_rows,
     _zero_tail,
 )
-from mlakit.decode.hopper_parts import (
-    _await,
-    _barrier,
-    _fetch_into_l2,
-    _same_for_warp,
-    _tile_rows,
-    _uniform,
-)
-from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces, _store_rows
-from mlakit.decode.hopper_schedule import _load_lens, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_own_pieces, _store_rows
+from mlakit.decode.hopper_schedule import _piece
 
 
 @gluon.jit
@@ -64,39 +61,7 @@ def _scores(queries, q_rope, keys, rope, z, layout: gl.constexpr, BLOCK_R: gl.co
     return (s0 + s1) + (s2 + s3)
 
 
-@gluon.jit
-def _add_values(pairs, weights, o0, o1, o2, o3, operand: gl.constexpr):
-    """O^T += V^T P^T of a tile: the even and the odd columns of its left half and of its right half, 32 keys at a time;
-    operands of 32 keys are made while the 32 before are multiplied.
-    """
-    left, right = pairs.slice(0, 128, 1), pairs.slice(128, 128, 1)
-    p_first, p_last = weights.slice(0, 32, 0), weights.slice(32, 32, 0)
-    o0, o1, a, b = _add_halves(left.slice(0, 32, 0), p_first, o0, o1, operand)
-    o0, o1, c, d = _add_halves(left.slice(32, 32, 0), p_last, o0, o1, operand)
-    a, b = warpgroup_mma_wait(2, [a, b])
-    o2, o3, a, b = _add_halves(right.slice(0, 32, 0), p_first, o2, o3, operand)
-    c, d = warpgroup_mma_wait(2, [c, d])
-    o2, o3, c, d = _add_halves(right.slice(32, 32, 0), p_last, o2, o3, operand)
-    o0, o1, o2, o3, a, b, c, d = warpgroup_mma_wait(0, [o0, o1, o2, o3, a, b, c, d])
-    return o0, o1, o2, o3
-
-
-# What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(
-    do_not_specialize=[
-        "stride_tb",
-        "batch",
-        "q_len",
-        "heads",
-        "capacity",
-        "row_tiles",
-        "slots",
-        "splits",
-        "most_pieces",
-        "slot_items",
-        "zero",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def _mla_decode_e4m3_few_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
@@ -119,34 +84,22 @@ def _mla_decode_e4m3_few_kernel(
     of_row: gl.constexpr = gl.SliceLayout(0, score)
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
-    if BLOCK_B == 1:
-        length_of_all = gl.load(seq_lens_ptr)
-        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
-    else:
-        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    requests, lens = _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE, BLOCK_B)
     queries = gl.allocate_shared_memory(CODE, [1, BLOCK_R, 512], codes)
     q_rope = gl.allocate_shared_memory(CODE, [1, BLOCK_R, 64], rope_codes)
     keys = gl.allocate_shared_memory(CODE, [STAGES, 64, 512], codes)
     ropes = gl.allocate_shared_memory(CODE, [STAGES, 64, 64], rope_codes)
     weights = gl.allocate_shared_memory(gl.float16, [1, 64, BLOCK_R], narrow)
     tops = gl.allocate_shared_memory(gl.float32, [1, 4 * BLOCK_R], vector)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = _barriers(STAGES, 1)
+    full_q = _barriers(1, 1).index(0)
     pairs = keys._reinterpret(gl.int16, [STAGES, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2))
     as_words = keys._reinterpret(gl.int32, [STAGES, 64, 128], gl.NVMMASharedLayout(128, 32, rank=2))
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    mbarrier.init(full_q, count=1)
     fence_async_shared()
     _barrier()
-    if BLOCK_B == 1:
-        begin, end, aligned, pieces, share, start_before = _share_out_one(
-            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 64, LEAST
-        )
-    else:
-        begin, end, aligned, pieces, share, start_before = _share_out(
-            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST
-        )
+    begin, end, aligned, pieces, share, start_before = _own_share(
+        requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST, BLOCK_B
+    )
     rows = q_len * heads
     key = gl.arange(0, 64, of_key)
     row = tile * BLOCK_R + gl.arange(0, BLOCK_R, of_row)
@@ -177,12 +130,7 @@ def _mla_decode_e4m3_few_kernel(
                     first + i < last, PAGE,
                 )  # fmt: skip
             next_row = _tile_rows(table, first + STAGES, last_key, PAGE)
-            if CAUSAL:
-                sight = valid - q_len + 1 + row // heads
-                shortest = valid - q_len + 1
-            else:
-                sight = gl.full([BLOCK_R], 0, gl.int32, of_row) + valid
-                shortest = valid
+            sight, shortest = _sight(valid, q_len, heads, row, 0, CAUSAL)
             m = gl.full([BLOCK_R], -float("inf"), gl.float32, of_row)
             l = gl.zeros([64, BLOCK_R], gl.float32, score)
             o0 = gl.zeros([128, BLOCK_R], gl.float32, product)
@@ -214,12 +162,7 @@ def _mla_decode_e4m3_few_kernel(
                 l = l * factor[None, :] + p
                 weights.index(0).store(p.to(gl.float16))
                 fence_async_shared()
-                if _uniform((gl.min(factor, 0) < 1.0).to(gl.int32)) != 0:  # what each warp finds for itself, the same
-                    rescale = gl.convert_layout(factor, of_column)[None, :]
-                    o0 = o0 * rescale
-                    o1 = o1 * rescale
-                    o2 = o2 * rescale
-                    o3 = o3 * rescale
+                o0, o1, o2, o3 = _rescale(gl.convert_layout(factor, of_column), o0, o1, o2, o3)
                 _barrier()
                 o0, o1, o2, o3 = _add_values(pairs.index(at_stage), weights.index(z), o0, o1, o2, o3, operand)
                 _barrier()
@@ -230,11 +173,8 @@ def _mla_decode_e4m3_few_kernel(
                 next_row = then_row
             done += 1
             total = gl.sum(l, 0)
-            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
-            # over a part.
-            inverse = gl.where(total == 0.0, 0.0, kv_scale / total)
-            inverse = gl.where(length > capacity, float("nan"), inverse)
-            lse = gl.where(total == 0.0, -float("inf"), m - BASE + gl.log2(total))
+            inverse = _inverse(total, kv_scale, length, capacity)
+            lse = _lse(m - BASE, total)
             last_factor = gl.convert_layout(inverse, of_column)[None, :]
             # Through the keys' memory, so that rows are written whole.
             wide = keys._reinterpret(
@@ -252,7 +192,7 @@ def _mla_decode_e4m3_few_kernel(
             _store_rows(
                 o_all, lse, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr, request, length, capacity,
                 number, count, base, aligned, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh, out_local,
-                out_row, out_col, row, BLOCK_R, FLAT,
+                out_row, out_col, row, 0, BLOCK_R, FLAT,
             )  # fmt: skip
         before += steps
 
@@ -261,18 +201,8 @@ def _mla_decode_e4m3_few_kernel(
         stride_oh, BLOCK_R, 512, plain, of_row, FLAT,
     )  # fmt: skip
 
-    # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
-    before = start_before
-    for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
-        )
-        if (first < last) & (count > 1):
-            _await(counter_ptr + request * row_tiles + tile)
-            result = out_ptr + request.to(gl.int64) * stride_ob
-            result_lse = lse_ptr + request.to(gl.int64) * rows
-            _merge_pieces(
-                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles, rows,
-                heads, stride_os, stride_oh, length > capacity, 0, 512, BLOCK_R, FLAT,
-            )  # fmt: skip
-        before += steps
+    _merge_own_pieces(
+        begin, end, start_before, slot, aligned, pieces, share, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr,
+        partial_lse_ptr, counter_ptr, capacity, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh,
+        64, 0, 512, BLOCK_R, FLAT,
+    )  # fmt: skip

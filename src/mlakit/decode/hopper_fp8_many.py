@@ -22,19 +22,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlakit.decode.hopper_fp8_parts import BASE, _add_halves, _fill, _finite, _kept_maximum, _words, _zero_tail
+from mlakit.decode.hopper_fp8_parts import BASE, _add_values, _fill, _kept_maximum, _rescale, _words
 from mlakit.decode.hopper_parts import (
-    _arrive,
-    _await,
+    VARYING,
     _barrier,
-    _fetch_into_l2,
-    _row_at,
+    _barriers,
+    _finite,
+    _inverse,
+    _late,
+    _load_lengths,
+    _lse,
+    _own_share,
     _same_for_warp,
+    _sight,
     _tile_rows,
-    _uniform,
+    _zero_tail,
 )
-from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces
-from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_own_pieces, _store_rows
+from mlakit.decode.hopper_schedule import _piece
 
 
 @gluon.jit
@@ -47,35 +52,6 @@ def _scores(queries, q_rope, left, right, rope, z, layout: gl.constexpr):
     s = warpgroup_mma(queries.index(z), left.permute((1, 0)), s, is_async=True)
     s = warpgroup_mma(queries.index(z + 1), right.permute((1, 0)), s, is_async=True)
     return warpgroup_mma_wait(0, [s])
-
-
-@gluon.jit
-def _rescale(factor, o0, o1, o2, o3):
-    if _uniform((gl.min(factor, 0) < 1.0).to(gl.int32)) != 0:  # what each warp finds for itself, the same for all
-        f = factor[None, :]
-        o0 = o0 * f
-        o1 = o1 * f
-        o2 = o2 * f
-        o3 = o3 * f
-    return o0, o1, o2, o3
-
-
-@gluon.jit
-def _add_values(pairs, weights, o0, o1, o2, o3, operand: gl.constexpr):
-    """O^T += V^T P^T of half a tile: the even and the odd columns of its quarters, 32 keys at a time; operands of 32
-    keys are made while the 32 before are multiplied.
-    """
-    left, right = pairs.slice(0, 64, 1), pairs.slice(64, 64, 1)
-    p_first = weights.slice(0, 32, 1).permute((1, 0))
-    p_last = weights.slice(32, 32, 1).permute((1, 0))
-    o0, o1, a, b = _add_halves(left.slice(0, 32, 0), p_first, o0, o1, operand)
-    o0, o1, c, d = _add_halves(left.slice(32, 32, 0), p_last, o0, o1, operand)
-    a, b = warpgroup_mma_wait(2, [a, b])
-    o2, o3, a, b = _add_halves(right.slice(0, 32, 0), p_first, o2, o3, operand)
-    c, d = warpgroup_mma_wait(2, [c, d])
-    o2, o3, c, d = _add_halves(right.slice(32, 32, 0), p_last, o2, o3, operand)
-    o0, o1, o2, o3, a, b, c, d = warpgroup_mma_wait(0, [o0, o1, o2, o3, a, b, c, d])
-    return o0, o1, o2, o3
 
 
 @gluon.jit
@@ -139,14 +115,18 @@ def _turn(
         factors.index(2 * W + parity), told_p.index(W), CAUSAL,
     )  # fmt: skip
     o0, o1, o2, o3 = _rescale(factors.index(2 - 2 * W + other_parity).load(of_column), o0, o1, o2, o3)
-    o0, o1, o2, o3 = _add_values(pairs.index(other_stage + 4 * W), weights.index(other_buffer), o0, o1, o2, o3, operand)
+    o0, o1, o2, o3 = _add_values(
+        pairs.index(other_stage + 4 * W), weights.index(other_buffer).permute((1, 0)), o0, o1, o2, o3, operand
+    )
     _barrier()
     _fill(
         k_desc, r_desc, next_other, keys.index(other_stage + 4 * W), ropes.index(other_stage), full.index(other),
         W * 256, W == 0, other_pair + 2 < last, PAGE,
     )  # fmt: skip
     o0, o1, o2, o3 = _rescale(factors.index(2 * W + parity).load(of_column), o0, o1, o2, o3)
-    o0, o1, o2, o3 = _add_values(pairs.index(own_stage + 4 * W), weights.index(own_buffer), o0, o1, o2, o3, operand)
+    o0, o1, o2, o3 = _add_values(
+        pairs.index(own_stage + 4 * W), weights.index(own_buffer).permute((1, 0)), o0, o1, o2, o3, operand
+    )
     _barrier()
     _fill(
         k_desc, r_desc, next_own, keys.index(own_stage + 4 * W), ropes.index(own_stage), full.index(own),
@@ -166,7 +146,6 @@ def _attend(
     """One warpgroup, W = 0 the left half of the output, 1 the right one, over all pieces of its slot."""
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300 - the constant is DTYPE to ruff
-    LN2: gl.constexpr = 0.6931471805599453
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, output, 2)
@@ -187,9 +166,7 @@ def _attend(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
         )
         if first < last:
-            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows
-            # from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
-            own_tile = tile + (length < 0).to(gl.int32)
+            own_tile = _late(tile, length)
             q_row = request * rows + own_tile * 64
             if W == 0:
                 mbarrier.expect(full_q, 64 * 576)
@@ -206,12 +183,7 @@ def _attend(
                     k_desc, r_desc, now, keys.index(4 * W + stage), ropes.index(stage), full.index(stage), W * 256,
                     W == 0, first + i // 2 < last, PAGE,
                 )  # fmt: skip
-            if CAUSAL:
-                sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
-                shortest = valid - q_len + 1 + (own_tile * 64) // heads
-            else:
-                sight = gl.full([64], 0, gl.int32, of_row) + valid
-                shortest = valid
+            sight, shortest = _sight(valid, q_len, heads, own_tile * 64 + local, own_tile * 64, CAUSAL)
             m = gl.full([64], -float("inf"), gl.float32, of_row)
             l = gl.zeros([64], gl.float32, of_row)
             o0 = gl.zeros([64, 64], gl.float32, output)
@@ -239,7 +211,9 @@ def _attend(
                     s, m, m, l, first * 128, key, sight, shortest, scale_log2, weights.index(own_buffer),
                     maxima.index(W), factors.index(passed & 1), told_p.index(W), CAUSAL,
                 )  # fmt: skip
-                o0, o1, o2, o3 = _add_values(pairs.index(own_stage), weights.index(own_buffer), o0, o1, o2, o3, operand)
+                o0, o1, o2, o3 = _add_values(
+                    pairs.index(own_stage), weights.index(own_buffer).permute((1, 0)), o0, o1, o2, o3, operand
+                )
                 _barrier()
                 _fill(
                     k_desc, r_desc, next_own, keys.index(own_stage), ropes.index(own_stage),
@@ -265,7 +239,7 @@ def _attend(
                 other_buffer = _same_for_warp(last * zero + 2 + ((passed + 1) & 1))
                 o0, o1, o2, o3 = _rescale(factors.index(2 + ((passed + 1) & 1)).load(of_column), o0, o1, o2, o3)
                 o0, o1, o2, o3 = _add_values(
-                    pairs.index(other_stage), weights.index(other_buffer), o0, o1, o2, o3, operand
+                    pairs.index(other_stage), weights.index(other_buffer).permute((1, 0)), o0, o1, o2, o3, operand
                 )
             else:
                 m = own_m
@@ -276,11 +250,8 @@ def _attend(
             mbarrier.wait(told_l.index(1 - W), done & 1)
             done += 1
             l = l + sums.index(1 - W).load(of_row)
-            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
-            # over a part.
-            inverse = gl.where(l == 0.0, 0.0, kv_scale / l)
-            inverse = gl.where(length > capacity, float("nan"), inverse)
-            lse = gl.where(l == 0.0, -float("inf"), m - BASE + gl.log2(l))
+            inverse = _inverse(l, kv_scale, length, capacity)
+            lse = _lse(m - BASE, l)
             factors.index(2 * W).store(inverse)
             _barrier()
             factor = factors.index(2 * W).load(of_column)[None, :]
@@ -294,25 +265,13 @@ def _attend(
                 keys._reinterpret(DTYPE, [4, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2)).index(2 * W).load(plain)
             )
             fence_async_shared()
-            out_row = gl.arange(0, 64, gl.SliceLayout(1, plain))
+            out_local = gl.arange(0, 64, gl.SliceLayout(1, plain))
             out_col = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, plain))
-            row = own_tile * 64 + out_row
-            if count > 1:
-                place = _partial_at(base, number, aligned) * row_tiles + own_tile
-                part = partial_ptr + place.to(gl.int64) * (64 * 512)
-                gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
-                if W == 0:
-                    gl.store(partial_lse_ptr + place * 64 + local, lse)
-                _arrive(counter_ptr + request * row_tiles + own_tile, (number == 0) & (W == 0), 2 * count)
-            else:
-                at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
-                result = out_ptr + request.to(gl.int64) * stride_ob
-                gl.store(result + at_row[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
-                if W == 0:
-                    natural = gl.where(length > capacity, float("nan"), lse * LN2)
-                    lse_row = own_tile * 64 + local
-                    gl.store(lse_ptr + request.to(gl.int64) * rows + lse_row, natural, mask=lse_row < rows)
-                _barrier()
+            _store_rows(
+                o_part, lse, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr, request, length, capacity,
+                number, count, base, aligned, own_tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh,
+                out_local, own_tile * 64 + out_local, out_col, own_tile * 64 + local, W * 256, 64, FLAT,
+            )  # fmt: skip
         before += steps
 
     if W == 1:
@@ -321,22 +280,11 @@ def _attend(
             stride_oh, 64, 512, plain, of_row, FLAT,
         )  # fmt: skip
 
-    # Pieces of a request are merged by the programs that computed them, each some rows.
-    before = start_before
-    for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
-        )
-        if (first < last) & (count > 1):
-            own_tile = tile + (length < 0).to(gl.int32)
-            _await(counter_ptr + request * row_tiles + own_tile)
-            result = out_ptr + request.to(gl.int64) * stride_ob
-            result_lse = lse_ptr + request.to(gl.int64) * rows
-            _merge_pieces(
-                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                rows, heads, stride_os, stride_oh, length > capacity, W * 256, 256, 64, FLAT,
-            )  # fmt: skip
-        before += steps
+    _merge_own_pieces(
+        begin, end, start_before, slot, aligned, pieces, share, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr,
+        partial_lse_ptr, counter_ptr, capacity, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh,
+        128, W * 256, 256, 64, FLAT,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -349,22 +297,7 @@ def _right(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
     _attend(1, *args, CAUSAL, FLAT, PAGE)
 
 
-# What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(
-    do_not_specialize=[
-        "stride_tb",
-        "batch",
-        "q_len",
-        "heads",
-        "capacity",
-        "row_tiles",
-        "slots",
-        "splits",
-        "most_pieces",
-        "slot_items",
-        "zero",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def _mla_decode_e4m3_many_kernel(
     q_desc, q_rope_desc, k_desc, r_desc,
     table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
@@ -374,11 +307,7 @@ def _mla_decode_e4m3_many_kernel(
     WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     CODE: gl.constexpr = k_desc.dtype
-    if BLOCK_B == 1:
-        length_of_all = gl.load(seq_lens_ptr)
-        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
-    else:
-        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    requests, lens = _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE, BLOCK_B)
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
     codes: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
@@ -392,25 +321,14 @@ def _mla_decode_e4m3_many_kernel(
     maxima = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
     factors = gl.allocate_shared_memory(gl.float32, [4, 64], vector)
     sums = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
-    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    told_p = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    told_l = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(full.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(told_p.index(i), count=1)
-        mbarrier.init(told_l.index(i), count=1)
-    mbarrier.init(full_q, count=1)
+    full = _barriers(4, 2)
+    full_q = _barriers(1, 1).index(0)
+    told_p = _barriers(2, 1)
+    told_l = _barriers(2, 1)
     fence_async_shared()
-    if BLOCK_B == 1:
-        begin, end, aligned, pieces, share, before = _share_out_one(
-            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 128, LEAST
-        )
-    else:
-        begin, end, aligned, pieces, share, before = _share_out(
-            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST
-        )
+    begin, end, aligned, pieces, share, before = _own_share(
+        requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST, BLOCK_B
+    )
     args = (
         q_desc, q_rope_desc, k_desc, r_desc, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
         partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, kv_scale, stride_tb, stride_ob, stride_os, stride_oh,

@@ -5,7 +5,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from mlakit.decode.hopper_parts import _copy_tile, _uniform
 
 # Weights are 2^BASE at the maximum that they are relative to, so that few of them are subnormal in float16, and that
 # maximum is kept until scores are larger by a factor of 2^SLACK: only then are outputs multiplied.
@@ -17,33 +19,11 @@ SLACK = gl.constexpr(8.0)
 def _fill(
     k_desc, r_desc, page_rows, keys, rope, full, FIRST: gl.constexpr, ROPE: gl.constexpr, wanted, PAGE: gl.constexpr
 ):  # fmt: skip
-    """Copy columns from FIRST on of a tile's keys, with the rope part if ROPE: a box, or one for each page and 128
-    columns.
-    """
-    WIDTH: gl.constexpr = keys.shape[1]
-    mbarrier.expect(full, 64 * (WIDTH + 64 * ROPE), pred=wanted)
-    if PAGE >= 64:
-        tma.async_copy_global_to_shared(k_desc, [page_rows[0], FIRST], full, keys, pred=wanted)
-        if ROPE:
-            tma.async_copy_global_to_shared(r_desc, [page_rows[0], 512], full, rope, pred=wanted)
-    else:
-        for i in gl.static_range(64 // PAGE):
-            for part in gl.static_range(WIDTH // 128):
-                box = keys.slice(i * PAGE, PAGE, 0).slice(part * 128, 128, 1)
-                tma.async_copy_global_to_shared(k_desc, [page_rows[i], FIRST + part * 128], full, box, pred=wanted)
-            if ROPE:
-                box = rope.slice(i * PAGE, PAGE, 0)
-                tma.async_copy_global_to_shared(r_desc, [page_rows[i], 512], full, box, pred=wanted)
-
-
-@gluon.jit
-def _zero_tail(words, valid):
-    """Set codes of a tile's keys past the request's last one to zero: 0 * NaN would not be 0. Rows of words."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    for part in gl.static_range(words.shape[1] // 32):
-        some = words.slice(part * 32, 32, 1)
-        some.store(gl.where(row[:, None] < valid, some.load(layout), 0))
+    """Copy columns from FIRST on of a tile's keys, with the rope part if ROPE."""
+    mbarrier.expect(full, 64 * (keys.shape[1] + 64 * ROPE), pred=wanted)
+    _copy_tile(k_desc, page_rows, FIRST, keys, full, wanted, PAGE)
+    if ROPE:
+        _copy_tile(r_desc, page_rows, 512, rope, full, wanted, PAGE)
 
 
 @gluon.jit
@@ -77,6 +57,33 @@ def _add_halves(part, weights, o_even, o_odd, operand: gl.constexpr):
 
 
 @gluon.jit
+def _rescale(factor, o0, o1, o2, o3):
+    """Outputs relative to a larger maximum, if it has become larger for any row."""
+    if _uniform((gl.min(factor, 0) < 1.0).to(gl.int32)) != 0:  # what each warp finds for itself, the same for all
+        f = factor[None, :]
+        o0, o1, o2, o3 = o0 * f, o1 * f, o2 * f, o3 * f
+    return o0, o1, o2, o3
+
+
+@gluon.jit
+def _add_values(pairs, weights, o0, o1, o2, o3, operand: gl.constexpr):
+    """O^T += V^T P^T of a tile of 64 keys, pairs of whose columns are read as one: the even and the odd columns of its
+    left half and of its right half, 32 keys at a time; operands of 32 keys are made while the 32 before are multiplied.
+    """
+    HALF: gl.constexpr = pairs.shape[1] // 2
+    left, right = pairs.slice(0, HALF, 1), pairs.slice(HALF, HALF, 1)
+    p_first, p_last = weights.slice(0, 32, 0), weights.slice(32, 32, 0)
+    o0, o1, a, b = _add_halves(left.slice(0, 32, 0), p_first, o0, o1, operand)
+    o0, o1, c, d = _add_halves(left.slice(32, 32, 0), p_last, o0, o1, operand)
+    a, b = warpgroup_mma_wait(2, [a, b])
+    o2, o3, a, b = _add_halves(right.slice(0, 32, 0), p_first, o2, o3, operand)
+    c, d = warpgroup_mma_wait(2, [c, d])
+    o2, o3, c, d = _add_halves(right.slice(32, 32, 0), p_last, o2, o3, operand)
+    o0, o1, o2, o3, a, b, c, d = warpgroup_mma_wait(0, [o0, o1, o2, o3, a, b, c, d])
+    return o0, o1, o2, o3
+
+
+@gluon.jit
 def _words(even, odd, BF16: gl.constexpr):
     """Two columns of the output in one word."""
     if BF16:
@@ -94,14 +101,6 @@ def _words(even, odd, BF16: gl.constexpr):
 def _kept_maximum(m, largest):
     """The maximum that weights are relative to, once scores with `largest` as theirs have come."""
     return gl.where(largest > m + SLACK, largest, m)
-
-
-@gluon.jit
-def _finite(m, CAUSAL: gl.constexpr):
-    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
-    if CAUSAL:
-        m = gl.where(m == -float("inf"), 0.0, m)
-    return m
 
 
 @gluon.jit

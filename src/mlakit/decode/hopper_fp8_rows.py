@@ -20,17 +20,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlakit.decode.hopper_fp8_parts import _add_halves, _finite, _largest, _words, _zero_tail
+from mlakit.decode.hopper_fp8_parts import _add_halves, _largest, _words
 from mlakit.decode.hopper_parts import (
-    _await,
+    VARYING,
     _barrier,
-    _fetch_into_l2,
+    _barriers,
+    _copy_tile,
+    _finite,
+    _inverse,
+    _load_lengths,
+    _lse,
+    _own_share,
     _same_for_warp,
+    _sight,
     _tile_rows,
-    _uniform,
+    _zero_tail,
 )
-from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces, _store_rows
-from mlakit.decode.hopper_schedule import _load_lens, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_own_pieces, _store_rows
+from mlakit.decode.hopper_schedule import _piece
 
 # Weights are 2^10 at the maximum, so that few of them are subnormal in float16.
 BASE = gl.constexpr(10.0)
@@ -38,21 +45,11 @@ BASE = gl.constexpr(10.0)
 
 @gluon.jit
 def _fill(k_desc, s_desc, r_desc, page_rows, keys, scales, rope, full, wanted, PAGE: gl.constexpr):
-    """Copy a tile: a box of codes, of scales and of rope parts, or one for each page (and 128 codes)."""
+    """Copy a tile: codes, scales and rope parts."""
     mbarrier.expect(full, 64 * 656, pred=wanted)
-    if PAGE >= 64:
-        tma.async_copy_global_to_shared(k_desc, [page_rows[0], 0], full, keys, pred=wanted)
-        tma.async_copy_global_to_shared(s_desc, [page_rows[0], 0], full, scales, pred=wanted)
-        tma.async_copy_global_to_shared(r_desc, [page_rows[0], 0], full, rope, pred=wanted)
-    else:
-        for i in gl.static_range(64 // PAGE):
-            for part in gl.static_range(4):
-                box = keys.slice(i * PAGE, PAGE, 0).slice(part * 128, 128, 1)
-                tma.async_copy_global_to_shared(k_desc, [page_rows[i], part * 128], full, box, pred=wanted)
-            some = scales.slice(i * PAGE, PAGE, 0)
-            tma.async_copy_global_to_shared(s_desc, [page_rows[i], 0], full, some, pred=wanted)
-            box = rope.slice(i * PAGE, PAGE, 0)
-            tma.async_copy_global_to_shared(r_desc, [page_rows[i], 0], full, box, pred=wanted)
+    _copy_tile(k_desc, page_rows, 0, keys, full, wanted, PAGE)
+    _copy_tile(s_desc, page_rows, 0, scales, full, wanted, PAGE)
+    _copy_tile(r_desc, page_rows, 0, rope, full, wanted, PAGE)
 
 
 @gluon.jit
@@ -115,22 +112,7 @@ def _scale(scales, GROUP: gl.constexpr, layout: gl.constexpr):
     return gl.max(scales.slice(GROUP, 1, 1).load(layout), 1)
 
 
-# What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(
-    do_not_specialize=[
-        "stride_tb",
-        "batch",
-        "q_len",
-        "heads",
-        "capacity",
-        "row_tiles",
-        "slots",
-        "splits",
-        "most_pieces",
-        "slot_items",
-        "zero",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def _mla_decode_rows_kernel(
     q_rope_desc, k_desc, s_desc, r_desc, q_ptr,
     table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
@@ -151,11 +133,7 @@ def _mla_decode_rows_kernel(
     by_key: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
-    if BLOCK_B == 1:
-        length_of_all = gl.load(seq_lens_ptr)
-        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
-    else:
-        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    requests, lens = _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE, BLOCK_B)
     queries = gl.allocate_shared_memory(gl.float16, [2, BLOCK_R, 256], matrix)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_R, 64], matrix)
     keys = gl.allocate_shared_memory(gl.uint8, [STAGES, 64, 512], codes)
@@ -163,23 +141,15 @@ def _mla_decode_rows_kernel(
     ropes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], matrix)
     weights = gl.allocate_shared_memory(gl.float16, [4, 64, BLOCK_R], narrow)
     tops = gl.allocate_shared_memory(gl.float32, [1, 4 * BLOCK_R], vector)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = _barriers(STAGES, 1)
+    full_q = _barriers(1, 1).index(0)
     pairs = keys._reinterpret(gl.int16, [STAGES, 64, 256], gl.NVMMASharedLayout(128, 16, rank=2))
     as_words = keys._reinterpret(gl.int32, [STAGES, 64, 128], gl.NVMMASharedLayout(128, 32, rank=2))
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    mbarrier.init(full_q, count=1)
     fence_async_shared()
     _barrier()
-    if BLOCK_B == 1:
-        begin, end, aligned, pieces, share, start_before = _share_out_one(
-            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 64, LEAST
-        )
-    else:
-        begin, end, aligned, pieces, share, start_before = _share_out(
-            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST
-        )
+    begin, end, aligned, pieces, share, start_before = _own_share(
+        requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 64, LEAST, BLOCK_B
+    )
     rows = q_len * heads
     key = gl.arange(0, 64, of_key)
     row = tile * BLOCK_R + gl.arange(0, BLOCK_R, of_row)
@@ -209,12 +179,7 @@ def _mla_decode_rows_kernel(
                     full.index(stage), first + i < last, PAGE,
                 )  # fmt: skip
             next_row = _tile_rows(table, first + STAGES, last_key, PAGE)
-            if CAUSAL:
-                sight = valid - q_len + 1 + row // heads
-                shortest = valid - q_len + 1
-            else:
-                sight = gl.full([BLOCK_R], 0, gl.int32, of_row) + valid
-                shortest = valid
+            sight, shortest = _sight(valid, q_len, heads, row, 0, CAUSAL)
             m = gl.full([BLOCK_R], -float("inf"), gl.float32, of_row)
             l = gl.zeros([64, BLOCK_R], gl.float32, score)
             e0 = gl.zeros([64, BLOCK_R], gl.float32, product)
@@ -307,11 +272,8 @@ def _mla_decode_rows_kernel(
                 next_row = then_row
             done += 1
             total = gl.sum(l, 0)
-            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
-            # over a part.
-            inverse = gl.where(total == 0.0, 0.0, 1.0 / total)
-            inverse = gl.where(length > capacity, float("nan"), inverse)
-            lse = gl.where(total == 0.0, -float("inf"), m - BASE + gl.log2(total))
+            inverse = _inverse(total, 1.0, length, capacity)
+            lse = _lse(m - BASE, total)
             f = inverse[None, :]
             # Through the keys' memory, so that rows are written whole.
             wide = keys._reinterpret(
@@ -330,7 +292,7 @@ def _mla_decode_rows_kernel(
             _store_rows(
                 o_all, lse, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr, request, length, capacity,
                 number, count, base, aligned, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh, out_local,
-                out_row, out_col, row, BLOCK_R, FLAT,
+                out_row, out_col, row, 0, BLOCK_R, FLAT,
             )  # fmt: skip
         before += steps
 
@@ -339,18 +301,8 @@ def _mla_decode_rows_kernel(
         stride_oh, BLOCK_R, 512, plain, of_row, FLAT,
     )  # fmt: skip
 
-    # Pieces of a request are merged by the programs that computed them, each some rows or some columns of one.
-    before = start_before
-    for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 64
-        )
-        if (first < last) & (count > 1):
-            _await(counter_ptr + request * row_tiles + tile)
-            result = out_ptr + request.to(gl.int64) * stride_ob
-            result_lse = lse_ptr + request.to(gl.int64) * rows
-            _merge_pieces(
-                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, tile, row_tiles, rows,
-                heads, stride_os, stride_oh, length > capacity, 0, 512, BLOCK_R, FLAT,
-            )  # fmt: skip
-        before += steps
+    _merge_own_pieces(
+        begin, end, start_before, slot, aligned, pieces, share, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr,
+        partial_lse_ptr, counter_ptr, capacity, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh,
+        64, 0, 512, BLOCK_R, FLAT,
+    )  # fmt: skip

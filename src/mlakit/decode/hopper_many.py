@@ -31,22 +31,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlakit.decode.hopper_parts import (
+    VARYING,
     _arrive,
-    _await,
     _barrier,
+    _barriers,
     _copy_tile,
-    _fetch_into_l2,
     _fetch_table,
+    _finite,
     _hear,
+    _inverse,
+    _late,
+    _load_lengths,
+    _lse,
+    _own_share,
     _pause,
-    _row_at,
     _same_for_warp,
+    _sight,
     _tell,
     _tile_rows,
-    _uniform,
 )
-from mlakit.decode.hopper_results import _answer_without_keys, _merge_pieces
-from mlakit.decode.hopper_schedule import _load_lens, _partial_at, _piece, _share_out, _share_out_one
+from mlakit.decode.hopper_results import _answer_without_keys, _merge_own_pieces, _row_at
+from mlakit.decode.hopper_schedule import _partial_at, _piece
 
 # Barriers of both warpgroups; Triton's own have lower numbers.
 FIRST_MAX, BOTH_MAX, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS = (gl.constexpr(8 + i) for i in range(5))
@@ -118,14 +123,6 @@ def _zero_tails(quarters, W: gl.constexpr, valid, zero):
 
 
 @gluon.jit
-def _finite(m, CAUSAL: gl.constexpr):
-    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
-    if CAUSAL:
-        m = gl.where(m == -float("inf"), 0.0, m)
-    return m
-
-
-@gluon.jit
 def _attend(
     W: gl.constexpr, q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
     partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,
@@ -155,9 +152,7 @@ def _attend(
             item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
         )
         if first < last:
-            # Adds 0: a length is not negative here, which the compiler does not know. Else it computes what follows
-            # from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
-            own_tile = tile + (length < 0).to(gl.int32)
+            own_tile = _late(tile, length)
             q_row = request * rows + own_tile * 64
             live = gl.minimum(rows - own_tile * 64, 64)
             valid = gl.minimum(length, capacity)
@@ -185,12 +180,7 @@ def _attend(
             else:
                 _copy_near(k_desc, r_desc, row_b, keys.index(3), ropes.index(1), full.index(3), 1, True, PAGE)
                 _copy_tile(k_desc, row_a, 256, keys.index(1), full.index(1), True, PAGE)
-            if CAUSAL:
-                sight = valid - q_len + 1 + (own_tile * 64 + local) // heads
-                shortest = valid - q_len + 1 + (own_tile * 64) // heads
-            else:
-                sight = gl.full([64], 0, gl.int32, of_row) + valid
-                shortest = valid
+            sight, shortest = _sight(valid, q_len, heads, own_tile * 64 + local, own_tile * 64, CAUSAL)
             m = gl.full([64], -float("inf"), gl.float32, of_row)
             l = gl.zeros([64], gl.float32, of_row)
             o = gl.zeros([64, 256], gl.float32, output)
@@ -288,10 +278,7 @@ def _attend(
             _hear(SUMS)
             done += 1
             l += second_sum.load(of_row) if W == 0 else first_sum.load(of_row)
-            # A table too short for its request cannot be refused without a host sync; NaN is louder than attention
-            # over a part.
-            inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
-            inverse = gl.where(length > capacity, float("nan"), inverse)
+            inverse = _inverse(l, 1.0, length, capacity)
             o = o * gl.convert_layout(inverse, of_out_row)[:, None]
             # Through the keys' memory, a part that this warpgroup alone has read, so that rows are written whole.
             wide = keys.index(3 * W)
@@ -307,7 +294,7 @@ def _attend(
                 part = partial_ptr + place.to(gl.int64) * (64 * 512)
                 gl.store(part + (out_row * 512)[:, None] + out_col[None, :], o_part, mask=(row < rows)[:, None])
                 if W == 0:
-                    gl.store(partial_lse_ptr + place * 64 + local, gl.where(l == 0.0, -float("inf"), m + gl.log2(l)))
+                    gl.store(partial_lse_ptr + place * 64 + local, _lse(m, l))
                 _arrive(counter_ptr + request * row_tiles + own_tile, (number == 0) & (W == 0), 2 * count)
             else:
                 at_row = _row_at(row, heads, stride_os, stride_oh, FLAT)
@@ -327,22 +314,11 @@ def _attend(
             stride_oh, 64, 512, plain, of_row, FLAT,
         )  # fmt: skip
 
-    # Pieces of a request are merged by the programs that computed them, each some rows.
-    before = start_before
-    for item in range(begin, end):
-        request, length, steps, first, last, number, count, base = _piece(
-            item, before, slot, aligned, pieces, share, seq_lens_ptr, capacity, 128
-        )
-        if (first < last) & (count > 1):
-            own_tile = tile + (length < 0).to(gl.int32)
-            _await(counter_ptr + request * row_tiles + own_tile)
-            result = out_ptr + request.to(gl.int64) * stride_ob
-            result_lse = lse_ptr + request.to(gl.int64) * rows
-            _merge_pieces(
-                partial_ptr, partial_lse_ptr, result, result_lse, base, count, aligned, number, own_tile, row_tiles,
-                rows, heads, stride_os, stride_oh, length > capacity, W * 256, 256, 64, FLAT,
-            )  # fmt: skip
-        before += steps
+    _merge_own_pieces(
+        begin, end, start_before, slot, aligned, pieces, share, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr,
+        partial_lse_ptr, counter_ptr, capacity, tile, row_tiles, rows, heads, stride_ob, stride_os, stride_oh,
+        128, W * 256, 256, 64, FLAT,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -355,22 +331,7 @@ def _right(args, CAUSAL: gl.constexpr, FLAT: gl.constexpr, PAGE: gl.constexpr):
     _attend(1, *args, CAUSAL, FLAT, PAGE)
 
 
-# What changes from batch to batch must not recompile; `zero` must stay unknown.
-@gluon.jit(
-    do_not_specialize=[
-        "stride_tb",
-        "batch",
-        "q_len",
-        "heads",
-        "capacity",
-        "row_tiles",
-        "slots",
-        "splits",
-        "most_pieces",
-        "slot_items",
-        "zero",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def _mla_decode_many_kernel(
     q_desc, k_desc, r_desc,
     q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, counter_ptr,
@@ -380,11 +341,8 @@ def _mla_decode_many_kernel(
     WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = k_desc.dtype
-    if BLOCK_B == 1:
-        length_of_all = gl.load(seq_lens_ptr)
-        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
-    else:
-        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    requests, lens = _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE, BLOCK_B)
+    if BLOCK_B > 1:
         _fetch_table(table_ptr, batch * stride_tb * 4)
     tile = gl.program_id(0) % row_tiles  # the tiles of one slot run side by side and share its keys in L2
     slot = gl.program_id(0) // row_tiles
@@ -400,20 +358,12 @@ def _mla_decode_many_kernel(
     both_max = gl.allocate_shared_memory(gl.float32, [64], vector)
     first_sum = gl.allocate_shared_memory(gl.float32, [64], vector)
     second_sum = gl.allocate_shared_memory(gl.float32, [64], vector)
-    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    full_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(full.index(i), count=1)
-    mbarrier.init(full_q, count=1)
+    full = _barriers(4, 1)
+    full_q = _barriers(1, 1).index(0)
     fence_async_shared()
-    if BLOCK_B == 1:
-        begin, end, aligned, pieces, share, before = _share_out_one(
-            _uniform(length_of_all), slot, splits, most_pieces, slot_items, capacity, 128, LEAST
-        )
-    else:
-        begin, end, aligned, pieces, share, before = _share_out(
-            requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST
-        )
+    begin, end, aligned, pieces, share, before = _own_share(
+        requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, 128, LEAST, BLOCK_B
+    )
     args = (
         q_desc, k_desc, r_desc, q_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
         partial_ptr, partial_lse_ptr, counter_ptr, scale_log2, stride_tb, stride_ob, stride_os, stride_oh,

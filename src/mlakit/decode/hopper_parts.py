@@ -1,16 +1,22 @@
-"""What the Hopper decode kernels share: looking up tiles, and merging the partial results of a request's pieces."""
+"""What the Hopper decode kernels share: finding a program's share, looking up and copying tiles, and softmax."""
 
 # mypy: disallow-incomplete-defs=False
 # Triton gives kernel arguments their types.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from mlakit.decode.hopper_schedule import _partial_at
+from mlakit.decode.hopper_schedule import _load_lens, _share_out, _share_out_one
 from mlakit.hopper_counters import arrive as _arrive  # noqa: F401 - for the kernels that merge
 from mlakit.hopper_counters import await_all as _await  # noqa: F401
 from mlakit.hopper_counters import barrier as _barrier  # noqa: F401
+
+# Arguments of the kernels that change from batch to batch, and must not recompile; `zero` must stay unknown.
+VARYING = [
+    "stride_tb", "batch", "q_len", "heads", "capacity", "row_tiles", "slots", "splits", "most_pieces", "slot_items",
+    "zero",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -99,6 +105,14 @@ def _same_for_warp(value):
 
 
 @gluon.jit
+def _late(tile, length):
+    """`tile`, plus 0: `length` is not negative where this is called, which the compiler does not know. Else it computes
+    what follows from the tile once, in front of all pieces, and keeps it in registers that the accumulator needs.
+    """
+    return tile + (length < 0).to(gl.int32)
+
+
+@gluon.jit
 def _pause(cycles):
     """Wait for so many cycles of this multiprocessor's clock."""
     gl.inline_asm_elementwise(
@@ -115,6 +129,42 @@ def _pause(cycles):
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _load_lengths(seq_lens_ptr, table_ptr, batch, capacity, PAGE: gl.constexpr, BLOCK_B: gl.constexpr):
+    """Numbers of the requests and their lengths, for `_own_share`: first of all, as everything waits for them. Of one
+    request alone its length, twice, and its table is asked for at once.
+    """
+    if BLOCK_B == 1:
+        lens = gl.load(seq_lens_ptr)
+        requests = lens
+        _fetch_into_l2(table_ptr, capacity // PAGE * 4)
+    else:
+        requests, lens = _load_lens(seq_lens_ptr, batch, BLOCK_B)
+    return requests, lens
+
+
+@gluon.jit
+def _own_share(
+    requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity,
+    STEP: gl.constexpr, LEAST: gl.constexpr, BLOCK_B: gl.constexpr,
+):  # fmt: skip
+    """`_share_out`, or its form for one request, of what `_load_lengths` has loaded."""
+    if BLOCK_B == 1:
+        share = _share_out_one(_uniform(lens), slot, splits, most_pieces, slot_items, capacity, STEP, LEAST)
+    else:
+        share = _share_out(requests, lens, slot, slots, batch, splits, most_pieces, slot_items, capacity, STEP, LEAST)
+    return share
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """So many barriers in shared memory, each of which turns after so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
 
 
 @gluon.jit
@@ -153,117 +203,59 @@ def _tile_rows(table_ptr, tile, last_key, PAGE: gl.constexpr):
 
 @gluon.jit
 def _copy_tile(desc, page_rows, col, tile, full, wanted, PAGE: gl.constexpr):
-    """Copy columns from `col` on of a tile's keys: one box, or one for each page and 64 columns."""
+    """Copy columns from `col` on of a tile's keys: one box, or one for each page and 128 bytes of its rows."""
     if PAGE >= 64:
         tma.async_copy_global_to_shared(desc, [page_rows[0], col], full, tile, pred=wanted)
     else:
+        MOST: gl.constexpr = 1024 // tile.dtype.primitive_bitwidth
+        WIDTH: gl.constexpr = tile.shape[1] if tile.shape[1] < MOST else MOST  # noqa: FURB136 - what Triton compiles
         for i in gl.static_range(64 // PAGE):
-            for part in gl.static_range(tile.shape[1] // 64):
-                box = tile.slice(i * PAGE, PAGE, 0).slice(part * 64, 64, 1)
-                tma.async_copy_global_to_shared(desc, [page_rows[i], col + part * 64], full, box, pred=wanted)
+            for part in gl.static_range(tile.shape[1] // WIDTH):
+                box = tile.slice(i * PAGE, PAGE, 0).slice(part * WIDTH, WIDTH, 1)
+                tma.async_copy_global_to_shared(desc, [page_rows[i], col + part * WIDTH], full, box, pred=wanted)
 
 
 @gluon.jit
 def _zero_tail(keys, valid):
     """Set rows of a tile of keys past the request's last one to zero: 0 * NaN would not be 0."""
-    TILE: gl.constexpr = keys.shape[0]
-    WIDTH: gl.constexpr = keys.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, TILE, gl.SliceLayout(1, layout))
-    for part in gl.static_range(WIDTH // 64):
-        some = keys.slice(part * 64, 64, 1)
-        some.store(gl.where(row[:, None] < valid, some.load(layout), 0.0))
+    VECTOR: gl.constexpr = 128 // keys.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    for part in gl.static_range(keys.shape[1] // (8 * VECTOR)):
+        some = keys.slice(part * 8 * VECTOR, 8 * VECTOR, 1)
+        some.store(gl.where(row[:, None] < valid, some.load(layout), 0))
 
 
 @gluon.jit
-def _row_at(row, heads, stride_os, stride_oh, FLAT: gl.constexpr):
-    """Where a query row's output begins in its request's; FLAT: all rows are equally far apart."""
-    if FLAT:
-        at = row.to(gl.int64) * stride_oh
+def _sight(valid, q_len, heads, row, first_row, CAUSAL: gl.constexpr):
+    """How many of `valid` keys each query row sees, and how many all rows from `first_row` on see."""
+    if CAUSAL:
+        sight = valid - q_len + 1 + row // heads
+        shortest = valid - q_len + 1 + first_row // heads
     else:
-        at = (row // heads).to(gl.int64) * stride_os + (row % heads).to(gl.int64) * stride_oh
-    return at
+        sight = row * 0 + valid
+        shortest = valid
+    return sight, shortest
 
 
 @gluon.jit
-def _load_partials(
-    partial_ptr, partial_lse_ptr, base, piece, count, aligned, tile, row_tiles, row, col, TILE: gl.constexpr
-):  # fmt: skip
-    """Partial results of some pieces and rows, and what they weigh (-inf for a piece that is not there)."""
-    at = _partial_at(base, gl.minimum(piece, count - 1), aligned) * row_tiles + tile
-    flat = (at * TILE)[:, None] + row[None, :]
-    some_lse = gl.where((piece < count)[:, None], gl.load(partial_lse_ptr + flat), -float("inf"))
-    return some_lse, gl.load(partial_ptr + ((flat * 512)[:, :, None] + col[None, None, :]))
+def _finite(m, CAUSAL: gl.constexpr):
+    """What to subtract from scores whose maximum is m: with a causal mask a row may not have seen a key yet."""
+    if CAUSAL:
+        m = gl.where(m == -float("inf"), 0.0, m)
+    return m
 
 
 @gluon.jit
-def _merge(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, base, count, aligned, number, tile, row_tiles, rows, heads,
-    stride_os, stride_oh, too_long, FIRST: gl.constexpr, WIDTH: gl.constexpr, PIECES: gl.constexpr,
-    ROWS: gl.constexpr, CHUNK: gl.constexpr, TILE: gl.constexpr, ONCE: gl.constexpr, FLAT: gl.constexpr,
-):  # fmt: skip
-    """Merge this program's part, columns [FIRST, FIRST + WIDTH), of a tile of rows of a request: units of CHUNK columns
-    of a row, ROWS of them and PIECES at a time. All loads of a thread are under way at once, of 8 columns each; the
-    columns of a row lie side by side in a warp, and sums over pieces stay inside of it.
+def _inverse(l, scale, length, capacity):
+    """`scale` over the sum of a row's weights, and 0 for a row that has seen no key. A table too short for its request
+    cannot be refused without a host sync; NaN is louder than attention over a part.
     """
-    OTHERS: gl.constexpr = 128 // (CHUNK // 8)
-    ROW_WARPS: gl.constexpr = ROWS if ROWS < OTHERS else OTHERS  # noqa: FURB136 - what Triton compiles
-    LANES: gl.constexpr = OTHERS // ROW_WARPS
-    layout: gl.constexpr = gl.BlockedLayout(
-        [PIECES // LANES, ROWS // ROW_WARPS, 8], [LANES, 1, 32 // LANES], [1, ROW_WARPS, 4 // ROW_WARPS], [2, 1, 0]
-    )
-    scores: gl.constexpr = gl.SliceLayout(2, layout)
-    result: gl.constexpr = gl.SliceLayout(0, layout)
-    of_row: gl.constexpr = gl.SliceLayout(0, scores)
-    of_result_row: gl.constexpr = gl.SliceLayout(1, result)
-    CHUNKS: gl.constexpr = WIDTH // CHUNK
-    piece = gl.arange(0, PIECES, gl.SliceLayout(1, scores))
-    local = gl.arange(0, ROWS, of_row)
-    col = gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    units = gl.minimum(rows - tile * TILE, TILE) * CHUNKS
-    unit_end = (number + 1) * units // count
-    for start in range(number * units // count, unit_end, ROWS):
-        unit = start + local
-        live_row = unit < unit_end
-        # Rows and pieces past the last are the last again, and weigh nothing: loads need no masks.
-        row = gl.minimum(unit, unit_end - 1) // CHUNKS
-        first_col = FIRST + start % CHUNKS * CHUNK  # the same for all: there is more than one chunk of a row only alone
-        if ONCE:
-            some_lse, some = _load_partials(
-                partial_ptr, partial_lse_ptr, base, piece, count, aligned, tile, row_tiles, row, first_col + col, TILE
-            )
-            m = gl.max(some_lse, 0)
-            shift = gl.where(m == -float("inf"), 0.0, m)  # a row that sees no key: 0 instead of inf - inf
-            weight = gl.exp2(some_lse - shift[None, :])
-            l = gl.sum(weight, 0)
-            acc = gl.sum(some.to(gl.float32) * weight[:, :, None], 0)
-        else:
-            m = gl.full([ROWS], -float("inf"), gl.float32, of_row)
-            l = gl.zeros([ROWS], gl.float32, of_row)
-            acc = gl.zeros([ROWS, CHUNK], gl.float32, result)
-            for begin in range(0, count, PIECES):
-                some_lse, some = _load_partials(
-                    partial_ptr, partial_lse_ptr, base, begin + piece, count, aligned, tile, row_tiles, row,
-                    first_col + col, TILE,
-                )  # fmt: skip
-                m_new = gl.maximum(m, gl.max(some_lse, 0))
-                shift = gl.where(m_new == -float("inf"), 0.0, m_new)
-                old = gl.exp2(m - shift)
-                weight = gl.exp2(some_lse - shift[None, :])
-                l = l * old + gl.sum(weight, 0)
-                acc = acc * gl.convert_layout(old, of_result_row)[:, None]
-                acc += gl.sum(some.to(gl.float32) * weight[:, :, None], 0)
-                m = m_new
-        LN2: gl.constexpr = 0.6931471805599453
-        inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
-        natural = gl.where(l == 0.0, -float("inf"), (m + gl.log2(l)) * LN2)
-        inverse = gl.where(too_long, float("nan"), inverse)
-        natural = gl.where(too_long, float("nan"), natural)
-        acc = acc * gl.convert_layout(inverse, of_result_row)[:, None]
-        q_row = tile * TILE + gl.convert_layout(row, of_result_row)
-        at_row = _row_at(q_row, heads, stride_os, stride_oh, FLAT)
-        cols = first_col + gl.convert_layout(col, gl.SliceLayout(0, result))
-        live_result = gl.convert_layout(live_row.to(gl.int32), of_result_row) != 0
-        gl.store(out_ptr + at_row[:, None] + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=live_result[:, None])
-        if FIRST == 0:
-            gl.store(lse_ptr + tile * TILE + row, natural, mask=live_row & (first_col == 0))
+    inverse = gl.where(l == 0.0, 0.0, scale / l)
+    return gl.where(length > capacity, float("nan"), inverse)
+
+
+@gluon.jit
+def _lse(m, l):
+    """In base 2, of a row whose weights, relative to 2^m, add up to l."""
+    return gl.where(l == 0.0, -float("inf"), m + gl.log2(l))
