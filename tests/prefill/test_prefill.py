@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlakit.hardware import DeviceInfo, pretend
-from mlakit.prefill import mla_prefill, mla_prefill_reference
+from mlakit.prefill import mla_prefill, mla_prefill_reference, ops
 from mlakit.prefill.config import (
     backward_configs,
     forward_config,
@@ -94,7 +94,7 @@ def test_keys_in_two_parts(pe_heads, causal):
     q, k, v, k_pe = parts
     got = mla_prefill(q, k, v, cu_q, cu_k, softmax_scale=0.3, causal=causal, k_pe=k_pe)
     q, whole, v = leaves
-    expected = mla_prefill(q, whole, v, cu_q, cu_k, softmax_scale=0.3, causal=causal)
+    expected = mla_prefill_reference(q, whole, v, cu_q, cu_k, softmax_scale=0.3, causal=causal)  # autograd's gradients
     seeds = [torch.randn_like(x) for x in expected]
     dq, dk, dv, dk_pe = torch.autograd.grad(got, parts, seeds)
     dq_want, dk_want, dv_want = torch.autograd.grad(expected, leaves, seeds)
@@ -118,6 +118,66 @@ def test_out_is_filled_and_returned():
     assert got is out
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
+
+
+def with_spare_rows(args: Inputs) -> Inputs:
+    """The same sequences, and rows of NaN that are no sequence's."""
+    q, k, v, cu_q, cu_k = args
+    q, k, v = (torch.cat([x, x.new_full((2, *x.shape[1:]), torch.nan)]) for x in (q, k, v))
+    return q, k, v, cu_q, cu_k
+
+
+@pytest.mark.parametrize("k_lens", [[5, 9], [0, 0]])
+def test_rows_of_no_sequence_get_zeros(k_lens):
+    args = inputs([5, 2], k_lens)
+    out, lse = mla_prefill(*with_spare_rows(args), softmax_scale=0.3)
+    expected, expected_lse = mla_prefill(*args, softmax_scale=0.3)
+    assert torch.equal(out, torch.cat([expected, torch.zeros_like(expected[:2])]))
+    assert torch.equal(lse, torch.cat([expected_lse, torch.full_like(expected_lse[:2], -torch.inf)]))
+
+
+# Several sequences, one without queries; keys in one part and in two. Both results and every gradient.
+@pytest.mark.parametrize(("pe_heads", "causal"), [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize("seeded", ["both", "lse"])
+def test_compiles_without_a_graph_break(pe_heads, causal, seeded):
+    q, k, v, cu_q, cu_k = with_spare_rows(inputs([3, 0, 5], [9, 4, 5], dtype=torch.float32))
+    parts = [k] if pe_heads == 0 else [k[..., :16], k[:, :pe_heads, 16:].clone()]
+
+    def run(q, v, k, k_pe=None):
+        out, lse = mla_prefill(q * 2, k, v, cu_q, cu_k, softmax_scale=0.3, causal=causal, k_pe=k_pe)
+        return out + 1, lse * 2
+
+    def results(function):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, v, *parts)]
+        out, lse = function(*leaves)
+        wanted = out.sin().sum() * (seeded == "both") + lse[:8].sin().sum()
+        return out, lse, *torch.autograd.grad(wanted, leaves)
+
+    compiled = results(torch.compile(run, fullgraph=True, backend="aot_eager"))
+    for got, want in zip(compiled, results(run), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_compiles_with_out():
+    q, k, v, cu_q, cu_k = inputs([3, 0, 5], [9, 4, 5])
+
+    def run(q, out):
+        return mla_prefill(q * 2, k, v, cu_q, cu_k, softmax_scale=0.3, out=out)
+
+    out = torch.full((8, 4, 16), torch.nan, dtype=q.dtype)
+    _, lse = torch.compile(run, fullgraph=True, backend="aot_eager")(q, out)
+    for got, want in zip((out, lse), run(q, torch.empty_like(out)), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_operators_keep_their_schemas():
+    q, k, v, cu_q, cu_k = args = inputs([3, 5], [9, 5])
+    options = (0.3, True, -1, None, "reference")
+    torch.library.opcheck(ops.mla_prefill, (*(x.clone().requires_grad_() for x in (q, k, v)), cu_q, cu_k, *options))
+    out, lse = ops.mla_prefill(*args, *options)
+    torch.library.opcheck(ops.mla_prefill_out, (*args, torch.zeros_like(out), *options))
+    gradients = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, cu_q, cu_k, 0.3, True, "reference")
+    torch.library.opcheck(ops.mla_prefill_backward, gradients)
 
 
 def test_default_on_a_cpu_is_the_reference_whatever_the_environment(monkeypatch):

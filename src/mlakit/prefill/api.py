@@ -15,7 +15,6 @@ from mlakit.dispatch import (
 )
 from mlakit.prefill.config import MAX_BACKWARD_DIM, MAX_QK_DIM, MAX_V_DIM
 from mlakit.prefill.hopper_config import why_not_hopper
-from mlakit.prefill.reference import mla_prefill_reference
 
 _MAX_ROW_STRIDE = 2**24  # the kernels number the elements within a tile of up to 128 rows with 32 bits
 _MAX_ROWS = 2**30  # and rows too, with room to round up
@@ -44,8 +43,8 @@ def mla_prefill(
         v: [keys, num_kv_heads, v_head_dim]. All may have any strides but the last, which is 1; k and v may be views of
             a tensor that holds more, such as k and v side by side.
         cu_seqlens_q: [batch + 1] int32, on q's device, from 0 up: sequence i holds rows cu_seqlens_q[i] to
-            cu_seqlens_q[i + 1]. Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: the
-            Triton kernels read none of them and give them zeros and -inf (the reference leaves them out).
+            cu_seqlens_q[i + 1]. Empty sequences are allowed. Rows of q past cu_seqlens_q[-1] are no sequence's: they
+            are not read, and get zeros and -inf.
         cu_seqlens_k: [batch + 1] int32, the same for k and v. Rows past cu_seqlens_k[-1] are not read; their gradients
             are zero.
         k_pe: [keys, 1 or num_kv_heads, rope], the last columns of the keys (the rotated part, which all heads share in
@@ -56,7 +55,7 @@ def mla_prefill(
         max_seqlen_q: a hint, the longest sequence of queries; only the choice of tiles depends on it, never the result.
         out: [tokens, num_heads, v_head_dim] in q's dtype, wholly overwritten if given. Not differentiable then.
         impl: "hopper" (Gluon, compute capability 9.0), "triton" (from 8.0 on) or "reference"; None picks the fastest
-            that can run. Gradients are Triton's in either case.
+            that can run. Gradients of both kernels are Triton's.
 
     Returns:
         out [tokens, num_heads, v_head_dim] in q's dtype, and lse [tokens, num_heads], natural log, float32 (float64 if
@@ -73,14 +72,6 @@ def mla_prefill(
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, k_pe, max_seqlen_q, out)
     chosen = _choose(impl, q, k, v, k_pe, out, cu_seqlens_q.shape[0] - 1)
-    if chosen == "reference":
-        result, lse = mla_prefill_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, k_pe=k_pe
-        )
-        if out is None:
-            return result, lse
-        check_shape("out", out, tuple(result.shape))
-        return out.copy_(result), lse
 
     from mlakit.prefill import ops
 

@@ -1,9 +1,13 @@
-"""`mlakit::mla_prefill` and its relatives as torch.library operators; Triton is imported when one first runs."""
+"""`mlakit::mla_prefill` and its relatives as torch.library operators; Triton is imported when one first runs.
+
+The reference runs inside of them too: it reads the sequences' bounds, which torch.compile could not look through.
+"""
 
 import torch
 
 from mlakit.concat.api import concat_k
 from mlakit.prefill.hopper_config import why_not_aligned, why_not_hopper
+from mlakit.prefill.reference import mla_prefill_backward_reference, mla_prefill_reference
 
 
 def run_prefill(
@@ -20,7 +24,7 @@ def run_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as `mlakit.prefill.mla_prefill` defines them; a negative `max_seqlen_q` means that it is not known.
 
-    `impl` is "triton", "hopper", or "auto" for the faster one that can run these very tensors.
+    `impl` is "triton", "hopper", "auto" for the faster of these that can run these very tensors, or "reference".
     """
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
@@ -32,7 +36,7 @@ mla_prefill = torch.library.custom_op("mlakit::mla_prefill", run_prefill, mutate
 @mla_prefill.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q, k_pe=None, impl="auto"):
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    return out, _lse_like(q)
 
 
 def _prefill_out(
@@ -77,7 +81,7 @@ def run_prefill_out(
 
 @mla_prefill_out.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe=None, impl="auto"):
-    return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    return _lse_like(q)
 
 
 @torch.library.custom_op("mlakit::mla_prefill_backward", mutates_args=())
@@ -93,8 +97,16 @@ def mla_prefill_backward(
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous. `dlse` is [tokens, num_heads] float32, or None if nothing depends on lse."""
+    """(dq, dk, dv), contiguous. `dlse` is like lse, or None if nothing depends on it. From "reference" come its own
+    gradients, from any other `impl` Triton's.
+    """
+    if impl == "reference":
+        return mla_prefill_backward_reference(
+            dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal
+        )
+
     from mlakit.prefill.config import backward_configs
     from mlakit.prefill.triton_backward import _launch_backward
 
@@ -124,16 +136,17 @@ def mla_prefill_backward(
 
 
 @mla_prefill_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, impl="auto"):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _, k_pe, _ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, _, k_pe, impl = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, k_pe, out, lse, cu_seqlens_q, cu_seqlens_k)
     ctx.softmax_scale = softmax_scale
     ctx.causal = causal
+    ctx.impl = impl
     ctx.set_materialize_grads(False)  # a gradient of zeros for lse would cost a pass over it
 
 
@@ -145,7 +158,7 @@ def _backward(ctx, dout, dlse):
         dout = torch.zeros_like(out)
     keys = _keys(k, k_pe)
     dq, dk, dv = mla_prefill_backward(
-        dout, dlse, q, keys, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, ctx.causal
+        dout, dlse, q, keys, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, ctx.causal, ctx.impl
     )
     dk_pe = None
     if k_pe is not None:
@@ -156,6 +169,10 @@ def _backward(ctx, dout, dlse):
 
 
 mla_prefill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _lse_like(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _keys(k: torch.Tensor, k_pe: torch.Tensor | None) -> torch.Tensor:
@@ -180,7 +197,13 @@ def _forward(
     k_pe: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    if impl == "reference":
+        result, lse = mla_prefill_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, k_pe=k_pe
+        )
+        out.copy_(result)
+        return lse
+    lse = _lse_like(q)
     if impl != "triton" and takes_hopper(q, k, v, k_pe, cu_seqlens_q, max_seqlen_q, impl == "hopper"):
         from mlakit.prefill.hopper_launch import _launch_hopper
 
