@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from mlakit.decode.hopper_parts import _copy_tile, _uniform
+from mlakit.decode.hopper_parts import _copy_page, _uniform
 
 # Weights are 2^BASE at the maximum that they are relative to, so that few of them are subnormal in float16, and that
 # maximum is kept until scores are larger by a factor of 2^SLACK: only then are outputs multiplied.
@@ -21,9 +21,10 @@ def _fill(
 ):  # fmt: skip
     """Copy columns from FIRST on of a tile's keys, with the rope part if ROPE."""
     mbarrier.expect(full, 64 * (keys.shape[1] + 64 * ROPE), pred=wanted)
-    _copy_tile(k_desc, page_rows, FIRST, keys, full, wanted, PAGE)
-    if ROPE:
-        _copy_tile(r_desc, page_rows, 512, rope, full, wanted, PAGE)
+    for i in gl.static_range(len(page_rows)):
+        _copy_page(k_desc, page_rows[i], FIRST, keys, i, full, wanted, PAGE)
+        if ROPE:
+            _copy_page(r_desc, page_rows[i], 512, rope, i, full, wanted, PAGE)
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ from mlakit.decode.hopper_parts import (
     VARYING,
     _barrier,
     _barriers,
-    _copy_tile,
+    _copy_page,
     _finite,
     _inverse,
     _load_lengths,
@@ -47,9 +47,10 @@ BASE = gl.constexpr(10.0)
 def _fill(k_desc, s_desc, r_desc, page_rows, keys, scales, rope, full, wanted, PAGE: gl.constexpr):
     """Copy a tile: codes, scales and rope parts."""
     mbarrier.expect(full, 64 * 656, pred=wanted)
-    _copy_tile(k_desc, page_rows, 0, keys, full, wanted, PAGE)
-    _copy_tile(s_desc, page_rows, 0, scales, full, wanted, PAGE)
-    _copy_tile(r_desc, page_rows, 0, rope, full, wanted, PAGE)
+    for i in gl.static_range(len(page_rows)):
+        _copy_page(k_desc, page_rows[i], 0, keys, i, full, wanted, PAGE)
+        _copy_page(s_desc, page_rows[i], 0, scales, i, full, wanted, PAGE)
+        _copy_page(r_desc, page_rows[i], 0, rope, i, full, wanted, PAGE)
 
 
 @gluon.jit

@@ -202,17 +202,25 @@ def _tile_rows(table_ptr, tile, last_key, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_tile(desc, page_rows, col, tile, full, wanted, PAGE: gl.constexpr):
-    """Copy columns from `col` on of a tile's keys: one box, or one for each page and 128 bytes of its rows."""
+def _copy_page(desc, row, col, tile, number: gl.constexpr, full, wanted, PAGE: gl.constexpr):
+    """Copy columns from `col` on of those of a tile's keys that one page has, its `number`-th: one box if that is all
+    of them, else one for each 128 bytes of a row.
+    """
     if PAGE >= 64:
-        tma.async_copy_global_to_shared(desc, [page_rows[0], col], full, tile, pred=wanted)
+        tma.async_copy_global_to_shared(desc, [row, col], full, tile, pred=wanted)
     else:
         MOST: gl.constexpr = 1024 // tile.dtype.primitive_bitwidth
         WIDTH: gl.constexpr = tile.shape[1] if tile.shape[1] < MOST else MOST  # noqa: FURB136 - what Triton compiles
-        for i in gl.static_range(64 // PAGE):
-            for part in gl.static_range(tile.shape[1] // WIDTH):
-                box = tile.slice(i * PAGE, PAGE, 0).slice(part * WIDTH, WIDTH, 1)
-                tma.async_copy_global_to_shared(desc, [page_rows[i], col + part * WIDTH], full, box, pred=wanted)
+        for part in gl.static_range(tile.shape[1] // WIDTH):
+            box = tile.slice(number * PAGE, PAGE, 0).slice(part * WIDTH, WIDTH, 1)
+            tma.async_copy_global_to_shared(desc, [row, col + part * WIDTH], full, box, pred=wanted)
+
+
+@gluon.jit
+def _copy_tile(desc, page_rows, col, tile, full, wanted, PAGE: gl.constexpr):
+    """Copy columns from `col` on of a tile's keys."""
+    for i in gl.static_range(len(page_rows)):
+        _copy_page(desc, page_rows[i], col, tile, i, full, wanted, PAGE)
 
 
 @gluon.jit
