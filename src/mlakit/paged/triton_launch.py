@@ -189,8 +189,9 @@ def _plan_call(
         partials = (plan.partials * programs * config.block_m, padded_dim(head_dim))
         cut = {
             "BALANCED": plan.splits is None,
-            # As in mla_decode: sums over the batch that meet in shared memory tell ptxas that loops are uniform.
-            "BLOCK_B": max(256, triton.next_power_of_2(batch)),
+            # As in mla_decode: sums over the batch that meet in shared memory tell ptxas that loops are uniform; one
+            # request needs none (1 us less of 23 for 8192 keys).
+            "BLOCK_B": 1 if batch == 1 else max(256, triton.next_power_of_2(batch)),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "MIN_TILES": min_tiles,

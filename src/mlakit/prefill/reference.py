@@ -72,7 +72,7 @@ def mla_prefill_backward_reference(
     """(dq, dk, dv) of `mla_prefill_reference` without `k_pe`, as autograd would find them: inside an operator, where
     torch.compile does not look, there is no autograd.
 
-    Source: FlashAttention-2 (arXiv:2307.08691), section 3.1; `dlse` adds to the gradient of a row's scores as -delta does.
+    Source: FlashAttention-2 (arXiv:2307.08691), section 3.1; `dlse` acts on the gradient of a row's scores as -delta.
     """
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = (dout.to(lse.dtype) * out).sum(dim=-1)

@@ -229,8 +229,8 @@ def tuning(content: Mapping[str, Any]) -> tuple[Rows, Differences]:
             sizes={"run": number},
             seconds=row["median_us"] * 1e-6,
             host_seconds=row["host_us"] * 1e-6 if "host_us" in row else None,
-            bytes=row["tb_per_s"] * row["median_us"] * 1e6,
-            flops=row["tflop_per_s"] * row["median_us"] * 1e6,
+            bytes=row["tb_per_s"] * row["median_us"] * 1e6 if "tb_per_s" in row else None,
+            flops=row["tflop_per_s"] * row["median_us"] * 1e6 if "tflop_per_s" in row else None,
         )
         for number, run in enumerate(content["runs"], 1)
         for row in run["rows"]
