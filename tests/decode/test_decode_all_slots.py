@@ -6,27 +6,49 @@ import torch
 from mlakit.cache import pack_fp8
 from mlakit.decode import mla_decode_reference
 from mlakit.decode.all_slots import decode_all_slots, is_faster
+from mlakit.hardware import DeviceInfo, pretend
 from mlakit.testing import count_poison, poison_, random_paged_cache
 
+CHIPS = {
+    80: DeviceInfo("cuda", 0, "NVIDIA A100", (8, 0), 108, 40 * 2**20, 80 * 2**30),
+    90: DeviceInfo("cuda", 0, "NVIDIA H200", (9, 0), 132, 60 * 2**20, 141 * 2**30),
+}
 
-# Many heads of large batches; not for few heads, small batches, or where pieces are named.
+
+# The Hopper kernels: many heads of large batches; not for few heads, small batches, or heads of the output that are far
+# apart. The portable one: from less work on, few heads too, but not where several tokens share a tile, and not on other
+# GPUs or at other dimensions. Neither where pieces are named.
 @pytest.mark.parametrize(
-    ("batch", "q_len", "heads", "pages", "num_splits", "faster"),
+    ("impl", "batch", "q_len", "heads", "pages", "changes", "faster"),
     [
-        (128, 1, 128, 128, None, True),
-        (64, 1, 33, 64, None, True),
-        (64, 1, 32, 64, None, False),
-        (64, 4, 16, 64, None, False),
-        (1, 1, 128, 128, None, False),
-        (1, 1, 128, 2048, None, True),
-        (128, 1, 128, 128, 1, False),
+        ("hopper", 128, 1, 128, 128, {}, True),
+        ("hopper", 64, 1, 33, 64, {}, True),
+        ("hopper", 64, 1, 32, 64, {}, False),
+        ("hopper", 64, 4, 16, 64, {}, False),
+        ("hopper", 1, 1, 128, 128, {}, False),
+        ("hopper", 1, 1, 128, 1024, {}, True),
+        ("hopper", 128, 1, 128, 128, {"num_splits": 1}, False),
+        ("hopper", 128, 1, 128, 128, {"apart": 2**24}, False),
+        ("triton", 8, 1, 16, 64, {}, True),
+        ("triton", 7, 1, 16, 64, {}, False),
+        ("triton", 32, 4, 16, 64, {}, False),
+        ("triton", 32, 2, 64, 64, {}, True),
+        ("triton", 128, 1, 128, 128, {"apart": 2**24}, True),
+        ("triton", 128, 1, 128, 128, {"num_splits": 1}, False),
+        ("triton", 128, 1, 128, 128, {"target": 80}, False),
+        ("triton", 128, 1, 128, 128, {"rank": 256}, False),
+        ("reference", 128, 1, 128, 128, {}, False),
     ],
 )
-def test_when(batch: int, q_len: int, heads: int, pages: int, num_splits: int | None, faster: bool) -> None:
+def test_when(impl: str, batch: int, q_len: int, heads: int, pages: int, changes: dict[str, int], faster: bool) -> None:
     q = torch.empty((batch, q_len, heads, 576), device="meta")
+    out = torch.empty_strided(
+        (batch, q_len, heads, changes.get("rank", 512)), (512, 512, changes.get("apart", 512), 1), device="meta"
+    )
     table = torch.empty((batch, pages), dtype=torch.int32, device="meta")
     cache = torch.empty((9, 64, 656), dtype=torch.uint8, device="meta")
-    assert is_faster(q, cache, table, num_splits) == faster
+    with pretend(CHIPS[changes.get("target", 90)]):
+        assert is_faster(impl, q, cache, table, out, changes.get("num_splits")) == faster
 
 
 # Empty requests, fewer keys than new tokens, a full table, one key too many; tokens, and keys, of several steps, which
@@ -89,7 +111,7 @@ def test_the_same_attention(causal: bool) -> None:
     lens = paged.seq_lens.clone()
     lens[3] = paged.block_table.shape[1] * 16 + 1
     decode_all_slots(
-        q, cache, paged.block_table, lens, out[:, :, :5], lse, softmax_scale=0.1, causal=causal
+        q, cache, paged.block_table, lens, out[:, :, :5], lse, softmax_scale=0.1, causal=causal, impl="reference"
     )  # fmt: skip
     torch.testing.assert_close(out[:3, :, :5], expected[:3])
     torch.testing.assert_close(lse[:3], expected_lse[:3])

@@ -146,25 +146,26 @@ def test_strides(heads: int) -> None:
 
 
 # Sparse attention is told all slots where that is faster; tables are too short for some, and rows far apart.
-@pytest.mark.parametrize(("heads", "q_len", "causal"), [(128, 1, True), (40, 3, True), (64, 2, False)])
-def test_many_heads_of_large_batches(heads: int, q_len: int, causal: bool) -> None:
+@pytest.mark.parametrize("impl", ["hopper", "triton"])
+@pytest.mark.parametrize(("heads", "q_len", "causal"), [(128, 1, True), (50, 3, True), (64, 2, False)])
+def test_many_heads_of_large_batches(impl: str, heads: int, q_len: int, causal: bool) -> None:
     lens = [0, 1, 2, 64, 700, 4097, 3000, 128] * 6
     q, cache, table, seq_lens = make_rows(lens, q_len, heads)
-    assert is_faster(q, cache, table, None)
-    assert not is_faster(q, cache, table, 4)
     inputs = (q, cache, table, seq_lens)
     out = poison_(torch.empty((len(lens), q_len, heads + 1, 512), dtype=q.dtype, device="cuda"))
-    _, lse = decode(inputs, out=out[:, :, :heads], causal=causal, impl="hopper")
+    assert is_faster(impl, q, cache, table, out, None)
+    assert not is_faster(impl, q, cache, table, out, 4)
+    _, lse = decode(inputs, out=out[:, :, :heads], causal=causal, impl=impl)
     check(inputs, out[:, :, :heads], lse, causal=causal)
     assert count_poison(out) == len(lens) * q_len * 512
-    again, again_lse = decode(inputs, causal=causal, impl="hopper")
+    again, again_lse = decode(inputs, causal=causal, impl=impl)
     assert torch.equal(again, out[:, :, :heads])
     assert torch.equal(again_lse, lse)
-    named, _ = decode(inputs, causal=causal, num_splits=2, impl="hopper")
+    named, _ = decode(inputs, causal=causal, num_splits=2, impl=impl)
     check(inputs, named, lse, causal=causal)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = decode(inputs, causal=causal, impl="hopper")
+        out, lse = decode(inputs, causal=causal, impl=impl)
     seq_lens.copy_(seq_lens // 2)
     seq_lens[5] = table.shape[1] * 64 + 1
     graph.replay()

@@ -88,9 +88,9 @@ def decode_out(
         out.copy_(result)
         lse.copy_(logs)
         return
-    if chosen == "hopper" and cache.dtype == torch.uint8 and is_faster(q, cache, block_table, num_splits):
+    if cache.dtype == torch.uint8 and is_faster(chosen, q, cache, block_table, out, num_splits):
         decode_all_slots(
-            q, cache, block_table, seq_lens, out, lse, softmax_scale=softmax_scale, causal=causal
+            q, cache, block_table, seq_lens, out, lse, softmax_scale=softmax_scale, causal=causal, impl=chosen
         )  # fmt: skip
         return
     if chosen == "hopper":

@@ -178,11 +178,6 @@ class LatentCache:
         pages = self.block_table[:bsz].long().gather(1, positions // self.page_size)
         return (pages * self.page_size + positions % self.page_size).flatten()
 
-    def all_slots(self, bsz: int, end: int) -> torch.Tensor:
-        """Where the first `end` tokens of the first `bsz` requests are, [bsz, end] int32."""
-        offsets = torch.arange(self.page_size, device=self.device, dtype=torch.int32)
-        return (self.block_table[:bsz, :, None] * self.page_size + offsets).flatten(1)[:, :end]
-
     @torch.no_grad()
     def write(self, start: Start, latent: torch.Tensor, k_pe: torch.Tensor, scale_fmt: str | None = None) -> None:
         """Put new tokens, [bsz, seqlen, kv_lora_rank] and [bsz, seqlen, rope], behind those before `start`."""

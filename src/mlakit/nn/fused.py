@@ -14,7 +14,6 @@ from mlakit.nn.linear import Linear
 from mlakit.nn.project import rotate_query, wants_grad
 from mlakit.nn.step import Step
 from mlakit.quant import act_quant
-from mlakit.sparse import mla_sparse_decode
 
 if TYPE_CHECKING:
     from mlakit.nn.mla import MultiheadLatentAttention
@@ -100,7 +99,7 @@ def _attend_in_mqa_mode(layer: "MultiheadLatentAttention", q: torch.Tensor, step
     with branch.inside():
         seq_lens = step.seq_lens(q.device)
     branch.join()
-    out = _attend_to_latent(absorbed, cache, step, seq_lens, layer.softmax_scale)
+    out = cache.attend(absorbed, seq_lens, softmax_scale=layer.softmax_scale, causal=step.causal)
     result = q.new_empty(tokens, heads, args.v_head_dim)
     _bmm(out.view(tokens, heads, rank).transpose(0, 1), up_v.transpose(1, 2), result.transpose(0, 1))
     return result.view(step.bsz, step.seqlen, heads, args.v_head_dim)
@@ -147,7 +146,7 @@ def _step_on_hopper(layer: "MultiheadLatentAttention", x: torch.Tensor, step: St
             q_len=seqlen, eps=args.eps,
         )  # fmt: skip
     branch.join()
-    latent = _attend_to_latent(absorbed, cache, step, seq_lens, layer.softmax_scale)
+    latent = cache.attend(absorbed, seq_lens, softmax_scale=layer.softmax_scale, causal=step.causal)
     values = x.new_empty(tokens, heads, args.v_head_dim)
     launch_by_head(latent.flatten(0, 1), up_v, values, overlap=True)
     (out,) = _project(values.flatten(1), layer.wo, overlap=True)
@@ -167,34 +166,6 @@ def _project(x: torch.Tensor, *maps: Linear, overlap: bool = False) -> list[torc
         x = x.clone()
     launch_linear(x, weights, outs, scales, overlap=overlap)
     return outs
-
-
-def _attend_to_latent(
-    q: torch.Tensor, cache: LatentCache, step: Step, seq_lens: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Absorbed queries [bsz, seqlen, heads, latent_dim] to weighted latents [bsz, seqlen, heads, rank]."""
-    if cache.is_fp8:
-        return _attend_to_fp8_cache(q, cache, step, seq_lens, scale)
-    return cache.attend(q, seq_lens, softmax_scale=scale, causal=step.causal)
-
-
-def _attend_to_fp8_cache(
-    q: torch.Tensor, cache: LatentCache, step: Step, seq_lens: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Sparse attention that is told to look at every token, as its kernel is the one that reads the float8 cache."""
-    slots = cache.all_slots(step.bsz, step.end)
-    limits = seq_lens[:, None].expand(-1, step.seqlen)
-    if step.causal:
-        limits = limits - torch.arange(step.seqlen - 1, -1, -1, device=q.device, dtype=torch.int32)
-    out, _ = mla_sparse_decode(
-        q,
-        cache.pages,
-        slots[:, None].expand(-1, step.seqlen, -1),
-        softmax_scale=scale,
-        kv_lora_rank=cache.kv_lora_rank,
-        topk_length=limits.contiguous(),
-    )
-    return out
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
