@@ -181,7 +181,7 @@ def ours(row: Row, tune: bool) -> Iterator[Candidate]:
     yield "triton", partial(default, "triton")
     if which_impl(mla_decode, *row.inputs, **row.options) == "hopper":
         yield "hopper", partial(default, "hopper")
-    if row.kind == "rows":  # as the layer does it: sparse attention that is told to look at every token
+    if row.kind == "rows":  # sparse attention that is told to look at every token, by slots that are there already
         slots = (row.table[:, :, None] * PAGE + torch.arange(PAGE, dtype=torch.int32, device="cuda")).flatten(1)[
             :, None
         ]
