@@ -172,6 +172,26 @@ def test_gather_refuses_with_expected_and_actual(changes, message):
         gather_latent(**arguments)
 
 
+# The cache of kv's dtype and the float8 cache; every token of the requests, and the later ones of each.
+@pytest.mark.parametrize("width", [RANK + ROPE, fp8_row_bytes(RANK, ROPE)])
+@pytest.mark.parametrize("starts", [None, torch.tensor([2, 0], dtype=torch.int32)])
+def test_compiles_without_a_graph_break(width, starts):
+    tokens = _tokens(dtype=torch.float32)
+    slots = torch.tensor([0, 1, 2, 3, 9])
+    table, lens = torch.tensor([[0], [2]], dtype=torch.int32), torch.tensor([2, 2], dtype=torch.int32)
+
+    def step(cache, kv):
+        append_latent(**{**tokens, "kv": kv * 2}, cache=cache, slot_mapping=slots)
+        return gather_latent(cache, table, lens, 4, starts=starts, kv_lora_rank=RANK, dtype=torch.float32) + 1
+
+    dtype = torch.float32 if width == RANK + ROPE else torch.uint8
+    one, other = torch.zeros(2, 3, 4, width, dtype=dtype)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(one, tokens["kv"])
+    assert torch.equal(got, step(other, tokens["kv"]))
+    assert torch.equal(one, other)
+    assert one[2, 1].any()
+
+
 def test_a_named_kernel_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: it needs an NVIDIA GPU"):

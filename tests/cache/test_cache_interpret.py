@@ -101,9 +101,11 @@ def test_operators_keep_their_schemas():
     kv, weight, cos, sin = _tokens(3, 128, 8, torch.float32)
     slots, positions = torch.tensor([0, 5, -1]), torch.tensor([4, 0, 1])
     cache = torch.zeros(2, 4, 136)
-    torch.library.opcheck(ops.append_latent, (kv, weight, cos, sin, cache, slots, positions, 1e-6, "interleaved", None))
+    torch.library.opcheck(
+        ops.append_latent, (kv, weight, cos, sin, cache, slots, positions, 1e-6, "interleaved", None, "triton")
+    )
     table, cu_seqlens = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([0, 6], dtype=torch.int32)
-    torch.library.opcheck(ops.gather_latent, (cache, table, cu_seqlens, 6, None, 128, torch.float32))
+    torch.library.opcheck(ops.gather_latent, (cache, table, cu_seqlens, 6, None, 128, torch.float32, "triton"))
 
 
 def test_compiles_without_a_graph_break():

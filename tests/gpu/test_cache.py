@@ -161,7 +161,8 @@ def test_under_a_cuda_graph_with_changing_lengths():
         assert torch.equal(out, gather_latent(cache, table, lens, 1000))
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize(("width", "dtype"), [(576, torch.bfloat16), (656, torch.uint8)])
+def test_compiles_without_a_graph_break(width, dtype):
     weight = torch.rand(512, device="cuda", dtype=torch.bfloat16)
     table = torch.arange(10, dtype=torch.int32, device="cuda").view(1, 10)
 
@@ -173,7 +174,7 @@ def test_compiles_without_a_graph_break():
     for count in (8, 24, 40):  # the second length makes it dynamic
         kv, _, cos, sin = _tokens(count, 512, 64, torch.bfloat16)
         cos, sin = cos[:count].contiguous(), sin[:count].contiguous()
-        one, other = torch.zeros(2, 10, 64, 576, dtype=torch.bfloat16, device="cuda")
+        one, other = torch.zeros(2, 10, 64, width, dtype=dtype, device="cuda")
         slots, lens = torch.arange(count, device="cuda"), torch.tensor([count], dtype=torch.int32, device="cuda")
         assert torch.equal(compiled(kv, cos, sin, one, slots, lens), step(kv, cos, sin, other, slots, lens))
         assert torch.equal(one, other)
@@ -184,7 +185,9 @@ def test_operators_keep_their_schemas():
     kv, weight, cos, sin = _tokens(3, 128, 8, torch.float32)
     slots, positions = torch.tensor([0, 5, -1], device="cuda"), torch.tensor([4, 0, 1], device="cuda")
     cache = torch.zeros(2, 4, 136, device="cuda")
-    torch.library.opcheck(ops.append_latent, (kv, weight, cos, sin, cache, slots, positions, 1e-6, "interleaved", None))
+    torch.library.opcheck(
+        ops.append_latent, (kv, weight, cos, sin, cache, slots, positions, 1e-6, "interleaved", None, "triton")
+    )
     table = torch.tensor([[1, 0]], dtype=torch.int32, device="cuda")
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
-    torch.library.opcheck(ops.gather_latent, (cache, table, cu_seqlens, 6, None, 128, torch.float32))
+    torch.library.opcheck(ops.gather_latent, (cache, table, cu_seqlens, 6, None, 128, torch.float32, "triton"))

@@ -271,6 +271,15 @@ def test_compiles_without_a_graph_break():
             assert torch.equal(got, expected)
 
 
+def test_paged_logits_compile_without_a_graph_break():
+    arguments = _paged([700, 1300, 5], 64, 2)
+
+    def step(q, cache, weights, *tables):
+        return indexer_logits_paged(q, cache, weights * 2, *tables, max_context_len=1300) * 2
+
+    assert torch.equal(torch.compile(step, fullgraph=True)(*arguments), step(*arguments))
+
+
 def test_operators_keep_their_schemas():
     arguments = _inputs(3, 40)
     end = torch.tensor([5, 6, 40], dtype=torch.int32, device="cuda")

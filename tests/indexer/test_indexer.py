@@ -251,6 +251,19 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(compiled(**arguments), step(**arguments))
 
 
+def test_paged_logits_compile_without_a_graph_break():
+    table = random_page_table([11, 0, 3], page_size=4, device="cpu", generator=torch.Generator())
+    cache = pack_index_cache(torch.randn(table.num_pages, 4, 32).to(F8), torch.rand(table.num_pages, 4))
+
+    def step(q, weights):
+        tables = (table.block_table, table.seq_lens)
+        return indexer_logits_paged(q, cache, weights * 2, *tables, max_context_len=12) + 1
+
+    arguments = (torch.randn(3, 2, 4, 32).to(F8), torch.randn(3, 2, 4))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), step(*arguments))
+
+
 def test_the_names_are_public():
     for name in ("indexer_logits", "indexer_logits_paged", "select_topk"):
         assert getattr(mlakit, name) is globals()[name]

@@ -173,7 +173,7 @@ def test_operators_keep_their_schemas():
     torch.library.opcheck(ops.indexer_logits, (*arguments, end - 5, end), test_utils=checks)
     cache = pack_index_cache(torch.zeros(2, 8, 32).to(F8), torch.ones(2, 8))
     table, lens = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([11], dtype=torch.int32)
-    paged = (arguments[0][None, :1].contiguous(), cache, arguments[3][None, :1].contiguous(), table, lens, 12)
+    paged = (arguments[0][None, :1].contiguous(), cache, arguments[3][None, :1].contiguous(), table, lens, 12, "triton")
     torch.library.opcheck(ops.indexer_logits_paged, paged, test_utils=checks)
     torch.library.opcheck(ops.select_topk, (torch.randn(2, 40), 7, None))
     torch.library.opcheck(ops.select_topk, (torch.randn(3, 40), 7, end))

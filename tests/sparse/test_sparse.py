@@ -269,6 +269,33 @@ def test_compiles_without_a_graph_break(make_prefill: "MakePrefill", make_decode
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_gradients_compile_without_a_graph_break(make_prefill: "MakePrefill") -> None:
+    problem = make_prefill(3, 20, 6, dtype=torch.float32, sink=True)
+    kv = problem.kv.nan_to_num(0.1)
+
+    def step(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return mla_sparse_prefill(q * 2, kv, problem.indices, **problem.options)[0].sin().sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [problem.q.clone().requires_grad_(), kv.clone().requires_grad_()]
+        results.append(torch.autograd.grad(function(*leaves), leaves))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+# No keys at all, and none named.
+@pytest.mark.parametrize(("keys", "topk"), [(0, 2), (3, 0)])
+def test_the_reference_without_keys(keys: int, topk: int) -> None:
+    indices = torch.zeros(2, 1, topk, dtype=torch.int32)
+    out, largest, lse = mla_sparse_prefill(
+        torch.ones(2, 3, 80), torch.ones(keys, 1, 80), indices, softmax_scale=1.0, d_v=64
+    )
+    assert not out.any()
+    assert torch.isneginf(largest).all()
+    assert torch.isneginf(lse).all()
+
+
 def test_the_float8_reference_rounds_once() -> None:
     keys = torch.randn(8, 144)
     cache = pack_fp8(keys[:, :128], keys[:, 128:]).view(2, 4, -1)

@@ -4,8 +4,7 @@ import torch
 
 from mlakit.cache import ops
 from mlakit.cache.layout import fp8_row_bytes
-from mlakit.cache.reference import append_latent_reference, gather_latent_reference
-from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, choose_triton, unobserved
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, unobserved
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROPE_LAYOUTS = ("interleaved", "half")
@@ -89,26 +88,10 @@ def append_latent(
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
 
-    reason = f"it takes no {kv.dtype}" if kv.dtype == torch.float64 else _misplaced_row(cache)
-    if choose_triton("append_latent", impl, kv, reason) == "triton":
-        kv, norm_weight, cos, sin = (t.detach() if t.requires_grad else t for t in (kv, norm_weight, cos, sin))
-        observed = not unobserved(kv, norm_weight, cos, sin, cache, slot_mapping)
-        run = ops.append_latent if observed else ops.run_append_latent
-        run(kv, norm_weight, cos, sin, cache, slot_mapping, positions, eps, rope_layout, scale_fmt)
-        return
-    with torch.no_grad():
-        append_latent_reference(
-            kv,
-            norm_weight,
-            cos,
-            sin,
-            cache,
-            slot_mapping,
-            positions=positions,
-            eps=eps,
-            rope_layout=rope_layout,
-            scale_fmt=scale_fmt,
-        )
+    kv, norm_weight, cos, sin = (t.detach() if t.requires_grad else t for t in (kv, norm_weight, cos, sin))
+    observed = not unobserved(kv, norm_weight, cos, sin, cache, slot_mapping)
+    run = ops.append_latent if observed else ops.run_append_latent
+    run(kv, norm_weight, cos, sin, cache, slot_mapping, positions, eps, rope_layout, scale_fmt, impl)
 
 
 def gather_latent(
@@ -180,21 +163,10 @@ def gather_latent(
     cu_seqlens = seq_lens
     if seq_lens.shape[0] == batch:
         cu_seqlens = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    if choose_triton("gather_latent", impl, cache, _misplaced_row(cache)) == "triton":
-        run = ops.run_gather_latent if unobserved(cache, block_table, cu_seqlens) else ops.gather_latent
-        return run(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype)
-    return gather_latent_reference(
-        cache, block_table, cu_seqlens, total, starts=starts, kv_lora_rank=kv_lora_rank, dtype=dtype
-    )
+    run = ops.run_gather_latent if unobserved(cache, block_table, cu_seqlens) else ops.gather_latent
+    return run(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype, impl)
 
 
 def _check_result_dtype(dtype: torch.dtype) -> None:
     if dtype not in _FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(str, _FLOATS))}, got {dtype}")
-
-
-def _misplaced_row(cache: torch.Tensor) -> str | None:
-    # The kernel writes and reads the float32 scales of a float8 row where they lie.
-    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
-        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
-    return None

@@ -1,21 +1,25 @@
-"""torch.library operators of the Triton kernels: `mlakit::append_latent` (writes to `cache`) and
-`mlakit::gather_latent`.
+"""torch.library operators: `mlakit::append_latent` (writes to `cache`) and `mlakit::gather_latent`.
+
+The implementation is chosen inside of them, where torch.compile does not look: it depends on addresses, and the
+references read lengths.
 """
 
 import torch
 
 from mlakit.cache.layout import fp8_row_bytes
+from mlakit.cache.reference import append_latent_reference, gather_latent_reference
+from mlakit.dispatch import choose_triton
 
 # Not `custom_op`: called from Python that costs 20 us a call, and this 3.5 us. `Tensor(a!)` declares what is written.
 torch.library.define(
     "mlakit::append_latent",
     "(Tensor kv, Tensor norm_weight, Tensor cos, Tensor sin, Tensor(a!) cache, Tensor slot_mapping, Tensor? positions, "
-    "float eps, str rope_layout, str? scale_fmt) -> ()",
+    "float eps, str rope_layout, str? scale_fmt, str? impl=None) -> ()",
 )
 torch.library.define(
     "mlakit::gather_latent",
     "(Tensor cache, Tensor block_table, Tensor cu_seqlens, SymInt total, Tensor? starts, int kv_lora_rank, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, str? impl=None) -> Tensor",
 )
 
 
@@ -30,22 +34,18 @@ def run_append_latent(
     eps: float,
     rope_layout: str,
     scale_fmt: str | None,
+    impl: str | None = None,
 ) -> None:
     """What `mlakit::append_latent` does, without the dispatcher."""
-    from mlakit.cache.triton_append import launch_append
+    reason = f"it takes no {kv.dtype}" if kv.dtype == torch.float64 else _misplaced_row(cache)
+    inputs = (kv, norm_weight, cos, sin, cache, slot_mapping)
+    if choose_triton("append_latent", impl, kv, reason) == "triton":
+        from mlakit.cache.triton_append import launch_append
 
-    launch_append(
-        kv,
-        norm_weight,
-        cos,
-        sin,
-        cache,
-        slot_mapping,
-        positions,
-        eps=eps,
-        interleaved=rope_layout == "interleaved",
-        ue8m0=scale_fmt == "ue8m0",
-    )
+        interleaved, ue8m0 = rope_layout == "interleaved", scale_fmt == "ue8m0"
+        launch_append(*inputs, positions, eps=eps, interleaved=interleaved, ue8m0=ue8m0)
+    else:
+        append_latent_reference(*inputs, positions=positions, eps=eps, rope_layout=rope_layout, scale_fmt=scale_fmt)
     if not cache.is_inference():
         torch.autograd.graph.increment_version(cache)
 
@@ -62,6 +62,7 @@ def _(
     eps: float,
     rope_layout: str,
     scale_fmt: str | None,
+    impl: str | None = None,
 ) -> None:
     return None
 
@@ -74,8 +75,13 @@ def run_gather_latent(
     starts: torch.Tensor | None,
     kv_lora_rank: int,
     dtype: torch.dtype,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """What `mlakit::gather_latent` does, without the dispatcher."""
+    if choose_triton("gather_latent", impl, cache, _misplaced_row(cache)) == "reference":
+        return gather_latent_reference(
+            cache, block_table, cu_seqlens, total, starts=starts, kv_lora_rank=kv_lora_rank, dtype=dtype
+        )
     from mlakit.cache.triton_gather import launch_gather
 
     out = _empty_rows(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype)
@@ -92,11 +98,19 @@ def _empty_rows(
     starts: torch.Tensor | None,
     kv_lora_rank: int,
     dtype: torch.dtype,
+    impl: str | None = None,
 ) -> torch.Tensor:
     width = cache.shape[2]
     if cache.dtype == torch.uint8:
         width = kv_lora_rank + (width - fp8_row_bytes(kv_lora_rank, 0)) // 2
     return cache.new_empty((total, width), dtype=dtype)
+
+
+def _misplaced_row(cache: torch.Tensor) -> str | None:
+    # The kernels write and read the float32 scales of a float8 row where they lie.
+    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
+        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
+    return None
 
 
 torch.library.impl("mlakit::append_latent", ("cpu", "cuda"), run_append_latent)

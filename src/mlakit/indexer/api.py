@@ -2,24 +2,11 @@
 
 import torch
 
-from mlakit.dispatch import (
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    check_shape,
-    choose,
-    choose_triton,
-    unobserved,
-)
+from mlakit.dispatch import check_device, check_dtype, check_last_dim_contiguous, check_shape, unobserved
 from mlakit.indexer import ops
 from mlakit.indexer.layout import SCALE_BYTES
-from mlakit.indexer.reference import (
-    indexer_logits_paged_reference,
-    indexer_logits_reference,
-    select_topk_reference,
-)
+from mlakit.indexer.reference import indexer_logits_reference, select_topk_reference
 
-_MOST_HEADS = 128
 _MOST_K = 4096
 
 
@@ -69,7 +56,7 @@ def indexer_logits(
     for name, limit in (("k_start", k_start), ("k_end", k_end)):
         if limit is not None:
             _check_integers(name, limit, (s_q,), q.device)
-    name = _choose("indexer_logits", impl, q, _unsuitable(heads, dim))
+    name = ops.choose_kernel("indexer_logits", impl, q, ops.unsuitable(heads, dim))
     if name != "reference":
         if k_start is None and k_end is not None:
             k_start = torch.zeros_like(k_end)
@@ -135,15 +122,9 @@ def indexer_logits_paged(
             raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     if max_context_len < 0:
         raise ValueError(f"max_context_len must not be negative, got {max_context_len}")
-    reason = _unsuitable(heads, dim)
-    if reason is None and (cache.stride(0) % SCALE_BYTES or cache.storage_offset() % SCALE_BYTES):
-        reason = f"pages must begin at multiples of 4 bytes, got a stride of {cache.stride(0)}"
-    name = _choose("indexer_logits_paged", impl, q, reason)
-    if name != "reference":
-        tensors = (q, cache, weights, block_table, context_lens)
-        run = ops.run_indexer_logits_paged if unobserved(*tensors) else ops.indexer_logits_paged
-        return run(*tensors, max_context_len, name)
-    return indexer_logits_paged_reference(q, cache, weights, block_table, context_lens, max_context_len)
+    tensors = (q, cache, weights, block_table, context_lens)
+    run = ops.run_indexer_logits_paged if unobserved(*tensors) else ops.indexer_logits_paged
+    return run(*tensors, max_context_len, impl)
 
 
 def select_topk(
@@ -175,31 +156,11 @@ def select_topk(
     if lengths is not None:
         _check_integers("lengths", lengths, (logits.shape[0],), logits.device)
     reason = None if k <= _MOST_K else f"k must be at most {_MOST_K}, got {k}"
-    name = _choose("select_topk", impl, logits, reason)
+    name = ops.choose_kernel("select_topk", impl, logits, reason)
     if name != "reference":
         tensors = (logits,) if lengths is None else (logits, lengths)
         return (ops.run_select_topk if unobserved(*tensors) else ops.select_topk)(logits, k, lengths, name)
     return select_topk_reference(logits, k, lengths)
-
-
-def _choose(operation: str, impl: str | None, tensor: torch.Tensor, reason: str | None) -> str:
-    """The implementation's name, or "auto" for the fastest kernel, which the operator finds out. `reason`: why the
-    portable kernel cannot run; the one for Hopper takes less.
-    """
-    if impl == "hopper":
-        return impl  # the operator says why not
-    if impl not in (None, "triton", "reference"):
-        return choose(operation, impl, dict.fromkeys(("hopper", "triton", "reference")))
-    name = choose_triton(operation, impl, tensor, reason)
-    return "auto" if name == "triton" and impl is None else name
-
-
-def _unsuitable(heads: int, dim: int) -> str | None:
-    if not 1 <= heads <= _MOST_HEADS:
-        return f"heads must be from 1 to {_MOST_HEADS}, got {heads}"
-    if dim not in (32, 64, 128):
-        return f"dim must be 32, 64 or 128, got {dim}"
-    return None
 
 
 def _check_floats(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -42,12 +42,12 @@ def mla_sparse_prefill_reference(
     (s_q, h_q, d_qk), (s_kv, h_kv, _), topk = q.shape, kv.shape, indices.shape[2]
     out, max_logits, lse = _no_keys(q, d_v)
     group = h_q // h_kv
+    if s_kv == 0 or topk == 0:
+        return out, max_logits, lse
     for tokens in _chunks(s_q, topk * d_qk * q.element_size()):
         for head in range(h_kv):
             row = indices[tokens, head].long()
             valid = (row >= 0) & (row < s_kv) & _within(topk_length, tokens, topk, q.device)
-            if not valid.any():
-                continue
             keys = kv[row.masked_fill(~valid, 0), head]
             heads = slice(head * group, (head + 1) * group)
             sink = None if attn_sink is None else attn_sink[heads]
