@@ -59,6 +59,17 @@ def capability(device: torch.device | str) -> tuple[int, int] | None:
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Most shared memory that one program (thread block) may use, in bytes; an unknown chip is taken for a consumer's,
+    which have the least (CUDA C++ Programming Guide, table of technical specifications by compute capability).
+    """
+    if capability in ((8, 0), (8, 7)):
+        return 163 * 1024
+    if capability[0] in (9, 10, 11):
+        return 227 * 1024
+    return 99 * 1024
+
+
 @contextmanager
 def pretend(info: DeviceInfo) -> Iterator[None]:
     """Let every device look like `info`: for compiling kernels for a GPU that is not there."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mlakit.decode.triton_launch import _launch_decode, shared_limit
+from mlakit.decode.triton_launch import _launch_decode
+from mlakit.hardware import shared_limit
 from mlakit.testing.offline import CompiledKernel, offline
 
 pytestmark = pytest.mark.compiled

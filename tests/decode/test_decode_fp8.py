@@ -114,7 +114,8 @@ def test_the_portable_kernels(
     ],
 )
 def test_the_portable_kernels_do_not_spill(target: int, heads: int, kind: str, q_dtype: torch.dtype) -> None:
-    from mlakit.decode.triton_launch import _launch_decode, shared_limit
+    from mlakit.decode.triton_launch import _launch_decode
+    from mlakit.hardware import shared_limit
     from mlakit.testing.offline import offline
 
     width, dtype = (576, E4M3) if kind == "e4m3" else (656, torch.uint8)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlakit.decode.triton_launch import choose_config, shared_limit
+from mlakit.decode.triton_launch import choose_config
+from mlakit.hardware import shared_limit
 
 
 # Every generation, from the 99 KiB of consumer chips to Hopper's 227; dimensions smaller and larger than DeepSeek's;

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mlakit.dispatch import which_impl
+from mlakit.hardware import shared_limit
 from mlakit.paged import paged_attention, paged_attention_reference
-from mlakit.paged.config import Kernels, PagedConfig, choose_kernels, shared_limit
+from mlakit.paged.config import Kernels, PagedConfig, choose_kernels
 
 if TYPE_CHECKING:
     from tests.paged.conftest import MakeBatch

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlakit.paged.config import shared_limit
+from mlakit.hardware import shared_limit
 from mlakit.paged.triton_launch import _launch_paged
 from mlakit.testing.offline import CompiledKernel, offline
 

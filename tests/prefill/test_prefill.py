@@ -5,13 +5,12 @@ import sys
 import pytest
 import torch
 
-from mlakit.hardware import DeviceInfo, pretend
+from mlakit.hardware import DeviceInfo, pretend, shared_limit
 from mlakit.prefill import mla_prefill, mla_prefill_reference, ops
 from mlakit.prefill.config import (
     backward_configs,
     forward_config,
     forward_shared_bytes,
-    shared_bytes,
     split_head_dim,
     value_width,
 )
@@ -351,7 +350,7 @@ def test_split_of_the_dims_in_use_pads_nothing():
 @pytest.mark.parametrize("rows", [1, 64, 65, 10**6])
 def test_configurations_fit_the_device(capability: tuple[int, int], dims: tuple[int, int], rows: int) -> None:
     config = forward_config(*dims, capability, rows)
-    assert forward_shared_bytes(config, *dims) <= shared_bytes(capability)
+    assert forward_shared_bytes(config, *dims) <= shared_limit(capability)
     assert not config.tma or capability >= (9, 0)
     if max(dims) <= 256:
         for side in backward_configs(*dims, capability):

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from mlakit.sparse.config import choose_config, shared_limit
+from mlakit.hardware import shared_limit
+from mlakit.sparse.config import choose_config
 from mlakit.sparse.triton_launch import _launch_decode, _launch_prefill
 from mlakit.testing.offline import CompiledKernel, offline
 

@@ -9,7 +9,7 @@ import triton
 from mlakit.decode.triton_combine import _mla_decode_combine_kernel
 from mlakit.decode.triton_decode import _mla_decode_kernel
 from mlakit.decode.triton_fp8 import AS_QUERY, E4M3, E4M3_ROWS
-from mlakit.hardware import DeviceInfo, device_info
+from mlakit.hardware import DeviceInfo, device_info, shared_limit
 from mlakit.triton_launch import LOG2E, Launches
 from mlakit.triton_pieces import plan_slots
 
@@ -43,17 +43,6 @@ class DecodeConfig:
     def uses_wgmma(self) -> bool:
         """True if the shapes suit Hopper's warpgroup instructions, whose operands Triton keeps one stage longer."""
         return self.block_m >= 64
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Shared memory of one program, in bytes (CUDA C++ Programming Guide, table of technical specifications by
-    compute capability).
-    """
-    if capability in ((8, 0), (8, 7)):
-        return 163 * 1024
-    if capability[0] in (9, 10, 11):
-        return 227 * 1024
-    return 99 * 1024
 
 
 def choose_config(

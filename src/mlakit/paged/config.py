@@ -3,17 +3,12 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mlakit.hardware import shared_limit
+
 MAX_HEAD_DIM = 256
 MIN_DOT_DIM = 16  # tl.dot's least depth
 # A piece of fewer keys costs more to start and to merge than its keys cost to read.
 MIN_PIECE_KEYS = 128
-
-# Shared memory a thread block may use, in bytes. Consumer chips (8.6, 8.9, 12.x) have the least, so an unknown one is
-# taken for such.
-_SHARED_BYTES = {
-    (8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024
-}  # fmt: skip
-_SHARED_BYTES_LEAST = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,6 @@ class Kernels:
 def padded_dim(head_dim: int) -> int:
     """Columns computed: a power of two."""
     return max(MIN_DOT_DIM, 1 << (head_dim - 1).bit_length())
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Most shared memory that one program may use on this device, in bytes."""
-    return _SHARED_BYTES.get(capability, _SHARED_BYTES_LEAST)
 
 
 @lru_cache

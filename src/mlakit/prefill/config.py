@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mlakit.hardware import shared_limit
+
 MIN_DOT_DIM = 16  # tl.dot's least depth
 MAX_QK_DIM, MAX_V_DIM = 576, 512  # forward, of which 576/512 (MQA mode expanded) is there for comparisons
 MAX_BACKWARD_DIM = 256
-
-# Shared memory a block may use, in bytes. Consumer chips (8.6, 8.9, 12.x) have the least, so an unknown one is taken
-# for such.
-_SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
-_SHARED_BYTES_LEAST = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,6 @@ def value_width(v_head_dim: int) -> int:
     return max(MIN_DOT_DIM, _next_power_of_2(v_head_dim))
 
 
-def shared_bytes(capability: tuple[int, int]) -> int:
-    """Most shared memory that one thread block of this device may use."""
-    return _SHARED_BYTES.get(capability, _SHARED_BYTES_LEAST)
-
-
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -100,7 +92,7 @@ def _forward_config(qk_head_dim: int, v_head_dim: int, capability: tuple[int, in
         candidates = [PrefillConfig(64, 32, 4, 2)]
     else:
         candidates = [PrefillConfig(128, 32, 8, 2), PrefillConfig(64, 32, 4, 2)]
-    limit = shared_bytes(capability)
+    limit = shared_limit(capability)
     for config in candidates:
         if forward_shared_bytes(config, qk_head_dim, v_head_dim) <= limit:
             return config

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from mlakit.hardware import shared_limit
+
 # The combine kernel loads all pieces of a row at once.
 MOST_SPLITS = 64
 
@@ -24,17 +26,6 @@ class SparseConfig:
         keys = buffers * self.block_n * (rank + 4 * (rank // 128) + 2 * rope if fp8 else row)
         dequantized = self.block_n * item_bytes * rank if fp8 else 0
         return keys + dequantized + self.block_m * (row + item_bytes * self.block_n) + 1024
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Shared memory of one program, in bytes (CUDA C++ Programming Guide, table of technical specifications by
-    compute capability).
-    """
-    if capability in ((8, 0), (8, 7)):
-        return 163 * 1024
-    if capability[0] in (9, 10, 11):
-        return 227 * 1024
-    return 99 * 1024
 
 
 def choose_config(
