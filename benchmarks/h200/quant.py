@@ -209,9 +209,9 @@ def gemm_configs(m: int) -> Iterator[GemmConfig]:
 
 
 def many_rows_configs() -> Iterator[ManyRowsConfig]:
-    for block_m, stages in ((256, 4), (128, 6)):
+    for block_m in (256, 192, 128):
         for group in (4, 8, 16):
-            yield ManyRowsConfig(block_m, stages, group)
+            yield ManyRowsConfig(block_m, group)
 
 
 def tuned_many_rows(
@@ -257,7 +257,7 @@ def gemm_jobs(tune: bool) -> Iterator[Job]:
         candidates.append(("triton", partial(fp8_gemm, a, a_scales, b, b_scales)))
         candidates.append(("triton portable", partial(tuned_gemm, a, a_scales, b, b_scales, None)))
         for many in many_rows_configs() if tune and m > 16 else ():
-            name = f"hopper {many.block_m}x128 s{many.stages} g{many.group}"
+            name = f"hopper {many.block_m}x128 g{many.group}"
             candidates.append((name, partial(tuned_many_rows, a, a_scales, b, b_scales, many)))
         for config in gemm_configs(m) if tune else ():
             call = partial(tuned_gemm, a, a_scales, b, b_scales, config)

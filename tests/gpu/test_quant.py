@@ -137,7 +137,7 @@ def test_fp8_gemm_by_every_kind_of_configuration(config, m, n, k):
     assert_close(out, reference, fp8_gemm_reference(a, a_scales, b, b_scales))
 
 
-MANY_ROWS = [ManyRowsConfig(256, 4), ManyRowsConfig(128, 6), ManyRowsConfig(256, 4, group=3)]
+MANY_ROWS = [*(ManyRowsConfig(rows) for rows in (256, 128, 192)), ManyRowsConfig(256, group=3)]
 
 
 @pytest.fixture
@@ -155,16 +155,17 @@ def _between_nans(x):
 
 
 # A row, a row more and less than a product's and a tile's, several tiles; columns of half a tile, of a tile and a half,
-# and such that a result's rows begin anywhere; one block of K, a number of blocks that is no multiple of the four whose
-# scales are fetched at once, a ragged last block, and the most. What lies around the operands is NaN. Every launch
-# gives the same bits, as the order of sums does not depend on the tile.
+# and such that a result's rows do not begin at whole lines; one block of K, a number of blocks that is no multiple of
+# the four whose scales are fetched at once, a ragged last block, and the most. What lies around the operands is NaN.
+# Every launch gives the same bits, as the order of sums does not depend on the tile.
 @pytest.mark.parametrize(
     ("m", "n", "k", "dtype"),
     [
         (1, 64, 128, torch.bfloat16),
         (63, 192, 400, torch.float16),
         (65, 144, 384, torch.bfloat16),
-        (127, 321, 2304, torch.bfloat16),
+        (127, 328, 2304, torch.bfloat16),
+        (129, 324, 1040, torch.float32),
         (129, 7168, 128, torch.bfloat16),
         (300, 448, 16384, torch.float16),
         (4100, 192, 640, torch.bfloat16),

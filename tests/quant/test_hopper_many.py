@@ -11,14 +11,15 @@ from mlakit.testing.offline import offline
 F8 = torch.float8_e4m3fn
 
 
-# Both heights of a tile; a result of 32 bits whose rows begin anywhere.
+# Both heights of a tile; a result of 32 bits whose rows do not begin at whole lines.
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("config", "n", "dtype"),
     [
-        (ManyRowsConfig(256, 4), 7168, torch.bfloat16),
-        (ManyRowsConfig(128, 6), 7168, torch.bfloat16),
-        (ManyRowsConfig(256, 4), 577, torch.float32),
+        (ManyRowsConfig(256), 7168, torch.bfloat16),
+        (ManyRowsConfig(128), 7168, torch.bfloat16),
+        (ManyRowsConfig(192), 7168, torch.bfloat16),
+        (ManyRowsConfig(256), 580, torch.float32),
     ],
 )
 def test_every_kernel_fits(config: ManyRowsConfig, n: int, dtype: torch.dtype) -> None:
@@ -29,13 +30,20 @@ def test_every_kernel_fits(config: ManyRowsConfig, n: int, dtype: torch.dtype) -
     (kernel,) = compiled
     assert kernel.spills == 0
     assert kernel.shared_bytes <= 227 * 1024
-    products = 2 * config.block_m // 128  # of 64 rows, in the code of the two warpgroups
+    # Of 64 rows, in the code of the warpgroups: those of a step, and the first of all.
+    each = config.block_m // config.warpgroups // 64
+    products = config.warpgroups * (each + 1)
     assert kernel.sass.count("QGMMA.64x128x32") == 4 * products  # of 32 columns of K each
     # ptxas waits for a product where it is read, and nowhere else: else it would wait after each of its instructions.
     assert kernel.sass.count("WARPGROUP.DEPBAR") == products
-    assert kernel.sass.count("UTMALDG.2D") == 2
-    if n % 16 == 0:
-        assert re.search(r"\bSTG\.E[.\w]*\.128", kernel.sass)
+    assert kernel.sass.count("UTMALDG.2D") == config.warpgroups + 1
+    # A bulk store for each 64 rows and 128 bytes.
+    assert kernel.sass.count("UTMASTG.2D") == config.block_m // 64
+    # Between a product's end and the next one's beginning are its sums: no barrier, nothing waited for.
+    turns = re.findall(r"WARPGROUP\.DEPBAR(?:(?!WARPGROUP\.DEPBAR).)*?WARPGROUP\.ARRIVE", kernel.sass, re.DOTALL)
+    turns = [turn for turn in turns if turn.count("FFMA") >= 64]
+    assert len(turns) == config.warpgroups * each
+    assert not any(re.search(r"\b(BAR|SYNCS|LDG)\b", turn) for turn in turns)
 
 
 # The fewest rounds of tiles, each as long as measured; few tiles, for which the portable kernel has smaller ones; a K
@@ -44,10 +52,12 @@ def test_every_kernel_fits(config: ManyRowsConfig, n: int, dtype: torch.dtype) -
     ("m", "n", "k", "block_m"),
     [
         (8192, 8192, 8192, 256),
-        (4096, 576, 7168, 256),
+        (4096, 576, 7168, 192),
         (512, 7168, 2048, 256),
         (512, 4096, 7168, 128),
-        (1024, 2112, 7168, None),
+        (1024, 2112, 7168, 192),
+        (4096, 2112, 7168, 192),
+        (4096, 7168, 7168, 256),
         (128, 7168, 16384, None),
         (4096, 7168, 512, None),
     ],
@@ -69,6 +79,7 @@ def test_what_the_kernel_cannot_run_is_said() -> None:
     assert "rows of 200" in str(
         why_not_many_rows(aligned[:1600].view(8, 200), aligned[:1600].view(8, 200), out, (9, 0))
     )
+    assert "bulk stores" in str(why_not_many_rows(a, b[:7], torch.empty(8, 7), (9, 0)))
     assert "nothing to sum" in str(why_not_many_rows(a[:0], b, out[:0], (9, 0)))
-    wide = torch.empty(16, dtype=F8).as_strided((2**24, 16), (0, 1))
-    assert "32 bits" in str(why_not_many_rows(a[:, :16], wide, out, (9, 0)))
+    long = torch.empty(16, dtype=F8).as_strided((2**31, 16), (0, 1))
+    assert "32 bits" in str(why_not_many_rows(long, b[:, :16], out, (9, 0)))
