@@ -1,5 +1,5 @@
 """`fp8_gemm` on Hopper: of few rows by the kernel that shares a weight out among all multiprocessors, of many by one
-whose two warpgroups scale while the other multiplies.
+whose warpgroups scale while another multiplies.
 """
 
 import torch
