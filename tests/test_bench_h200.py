@@ -156,7 +156,19 @@ def test_candidates_go_round_and_what_fails_is_left_out(common, monkeypatch, cap
 
 def test_every_step_has_its_script(run_all):
     known = run_all.steps()
-    names = ["concat", "dense_decode", "dsa", "indexer", "layer", "prefill", "quant", "rope", "sparse", "timing"]
+    names = [
+        "cold_code",
+        "concat",
+        "dense_decode",
+        "dsa",
+        "indexer",
+        "layer",
+        "prefill",
+        "quant",
+        "rope",
+        "sparse",
+        "timing",
+    ]
     studies = ["k_concat", "sparse_prefill", "fast_path", "layers", "correctness", "num_splits", "reorder_threshold"]
     assert [step.name for step in known] == [*names, *studies, "recommend", *run_all.BENCHES]
     for step in known:
