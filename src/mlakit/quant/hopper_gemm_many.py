@@ -118,7 +118,7 @@ def _scales(a_scales_ptr, b_scales_ptr, offs0, offs1, offs_b, first, blocks, TWO
 
     Four neighbouring threads hold the same rows of a product: each takes one of the four blocks, so that a warp reads
     16 bytes of a row at once and a thread keeps one number. What looks like one value a row is four; `_pick` tells them
-    apart. They are multiplied when they are needed: that would wait for them.
+    apart. They are multiplied where they are needed, as a product of them here would wait for the loads.
     """
     mine = gl.inline_asm_elementwise(
         "mov.u32 $0, %tid.x; and.b32 $0, $0, 3; add.u32 $0, $0, $1;", "=r,r", [first], gl.int32, is_pure=True, pack=1
@@ -183,7 +183,7 @@ def _consume(
                     acc0 += product * scale[:, None]
                     product = _multiply_after(a_s.index(stage).slice(64, 64, 0), b_s.index(stage), product, never)
                 scale = _pick(scales1, k)
-                mbarrier.arrive(empty.index(before), count=1, pred=begun)
+                mbarrier.arrive(empty.index(before), count=1, pred=begun)  # there is none before the first
                 begun = rows >= 0
                 mbarrier.wait(full.index(after), phase)
                 product = warpgroup_mma_wait(0, [product])
