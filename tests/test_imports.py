@@ -25,6 +25,7 @@ LAYERS = [
         "triton_e4m3",
         "triton_launch",
         "triton_pieces",
+        "triton_ragged",
     },
     OPERATIONS,
     {"nn", "compat"},

@@ -12,8 +12,8 @@ from mlakit.paged.triton_split import _paged_combine_kernel, _paged_split_kernel
 from mlakit.paged.triton_tiles import _paged_tiles_kernel
 from mlakit.triton_launch import LOG2E, Launches
 from mlakit.triton_pieces import plan_slots
+from mlakit.triton_ragged import heads_in_l2
 
-_L2_TARGET_BYTES = 24 * 2**20  # of the 40 MB that an A100 has and the 60 MB of an H200
 _TILES, _SPLIT, _COMBINE = Launches(_paged_tiles_kernel), Launches(_paged_split_kernel), Launches(_paged_combine_kernel)
 
 
@@ -155,8 +155,7 @@ def _plan_call(
     dependent = device.capability is not None and device.capability[0] >= 9
     if (config := kernels.tiles) is not None:
         count = tokens * group // config.block_m + batch + 1
-        row_bytes = 2 * head_dim * k_cache.element_size()
-        at_once = min(kv_heads, max(1, _L2_TARGET_BYTES // max(capacity * row_bytes, 1)))
+        at_once = heads_in_l2(kv_heads, capacity, 1, 2 * head_dim * k_cache.element_size())
         constants = {
             **shared,
             **paged,

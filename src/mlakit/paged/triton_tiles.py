@@ -8,24 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mlakit.paged.triton_attend import _attend, _store_rows
-
-
-@triton.jit
-def _locate_tile(tile, cu_ptr, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The request that a tile of the list belongs to: (request, its first token, its tokens, the tile's first row).
-
-    Request i owns tiles cu[i] * GROUP // BLOCK_M + i and on, as many as it needs: the host can bound the list's length
-    by tokens * GROUP // BLOCK_M + batch + 1 without knowing the lengths. Tokens past cu[batch] belong to request
-    `batch`, which has no keys. The tile may lie past the end of its request; then it has no rows.
-    """
-    request = 0
-    for first in range(0, batch, 128):
-        i = first + 1 + tl.arange(0, 128)
-        bound = tl.load(cu_ptr + i, mask=i <= batch, other=0)
-        request += tl.sum(((bound * GROUP // BLOCK_M + i <= tile) & (i <= batch)).to(tl.int32), 0)
-    start = tl.load(cu_ptr + request)
-    end = tl.load(cu_ptr + request + 1, mask=request < batch, other=tokens)
-    return request, start, end - start, (tile - start * GROUP // BLOCK_M - request) * BLOCK_M
+from mlakit.triton_ragged import head_and_tile, locate_tile
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "tiles", "heads_at_once", "capacity", "stride_tb"])
@@ -75,16 +58,11 @@ def _paged_tiles_kernel(
     """
     if DEPENDENT:
         gdc_launch_dependents()
-    # Heads go in groups whose keys and values fit L2; within a group every head's longest tile comes first.
-    program = tl.program_id(0)
-    group = program // (tiles * heads_at_once)
-    within = program - group * tiles * heads_at_once
-    heads_here = tl.minimum(heads_at_once, kv_heads - group * heads_at_once)
-    kv_head = group * heads_at_once + within % heads_here
-    tile = within // heads_here
-    if CAUSAL:
+    kv_head, tile = head_and_tile(tl.program_id(0), tiles, kv_heads, heads_at_once)
+    if CAUSAL:  # the longest first
         tile = tiles - 1 - tile
-    request, q_start, q_len, first_row = _locate_tile(tile, cu_ptr, batch, tokens, GROUP, BLOCK_M)
+    request, q_start, q_end, first_row = locate_tile(tile, cu_ptr, batch, tokens, BLOCK_M, GROUP)
+    q_len = q_end - q_start
     rows = q_len * GROUP
     if (first_row >= rows) | ((rows <= SPLIT_ROWS) & (request < batch)):
         return

@@ -6,8 +6,8 @@ from mlakit.hardware import device_info
 from mlakit.hopper_descriptors import descriptor_of_heads
 from mlakit.prefill.hopper_config import BLOCK_M, HopperConfig, hopper_config, key_parts
 from mlakit.prefill.hopper_forward import _prefill_hopper_kernel
-from mlakit.prefill.triton_tiles import heads_in_l2
 from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_ragged import heads_in_l2
 
 _LAUNCHES = Launches(_prefill_hopper_kernel)
 

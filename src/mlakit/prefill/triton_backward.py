@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mlakit.prefill.config import PrefillConfig, split_head_dim, value_width
-from mlakit.prefill.triton_tiles import heads_in_l2, load_rows, locate_tile
+from mlakit.triton_ragged import head_and_tile, heads_in_l2, load_rows, locate_tile
 
 _ROWS_AT_ONCE = 32
 
@@ -97,12 +97,8 @@ def _prefill_backward_kv_kernel(
     STAGES: tl.constexpr,
 ):
     """Gradients of one tile of keys and values: all transposed, so that P^T and dS^T come out as left operands."""
-    pid = tl.program_id(0)
-    group = pid // (tiles * heads_at_once)
-    within = pid - group * tiles * heads_at_once
-    heads_here = tl.minimum(heads_at_once, num_kv_heads - group * heads_at_once)
-    kv_head = group * heads_at_once + within % heads_here
-    tile = within // heads_here  # a sequence's first keys are seen by the most queries, and already come first
+    # A sequence's first keys are seen by the most queries, and already come first.
+    kv_head, tile = head_and_tile(tl.program_id(0), tiles, num_kv_heads, heads_at_once)
     seq, k_start, k_end, n0 = locate_tile(tile, cu_k_ptr, batch, total_k, BLOCK_N)
     k_len = k_end - k_start
     if n0 >= k_len:
@@ -219,12 +215,7 @@ def _prefill_backward_q_kernel(
     STAGES: tl.constexpr,
 ):
     """Gradient of one tile of queries."""
-    pid = tl.program_id(0)
-    group = pid // (tiles * heads_at_once)
-    within = pid - group * tiles * heads_at_once
-    heads_here = tl.minimum(heads_at_once, num_heads - group * heads_at_once)
-    head = group * heads_at_once + within % heads_here
-    tile = within // heads_here
+    head, tile = head_and_tile(tl.program_id(0), tiles, num_heads, heads_at_once)
     if CAUSAL:
         tile = tiles - 1 - tile
     seq, q_start, q_end, m0 = locate_tile(tile, cu_q_ptr, batch, total_q, BLOCK_M)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from mlakit.prefill.config import PrefillConfig, split_head_dim, value_width
-from mlakit.prefill.triton_tiles import heads_in_l2, load_rows, locate_tile
 from mlakit.triton_launch import LOG2E
+from mlakit.triton_ragged import head_and_tile, heads_in_l2, load_rows, locate_tile
 
 
 @triton.jit
@@ -73,14 +73,8 @@ def _prefill_forward_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Heads go in groups whose keys and values fit L2; within a group every head's longest tile comes first.
-    pid = tl.program_id(0)
-    group = pid // (tiles * heads_at_once)
-    within = pid - group * tiles * heads_at_once
-    heads_here = tl.minimum(heads_at_once, num_heads - group * heads_at_once)
-    head = group * heads_at_once + within % heads_here
-    tile = within // heads_here
-    if CAUSAL:
+    head, tile = head_and_tile(tl.program_id(0), tiles, num_heads, heads_at_once)
+    if CAUSAL:  # the longest first
         tile = tiles - 1 - tile
     seq, q_start, q_end, m0 = locate_tile(tile, cu_q_ptr, batch, total_q, BLOCK_M)
     q_len = q_end - q_start
