@@ -39,26 +39,6 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, max_seqlen_q, 
     return out, _lse_like(q)
 
 
-def _prefill_out(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    out: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    max_seqlen_q: int,
-    k_pe: torch.Tensor | None = None,
-    impl: str = "auto",
-) -> torch.Tensor:
-    """Like `mlakit::mla_prefill`, with `out` filled in place and lse returned; no gradients."""
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
-
-
-mla_prefill_out = torch.library.custom_op("mlakit::mla_prefill_out", _prefill_out, mutates_args=("out",))
-
-
 def run_prefill_out(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -72,11 +52,14 @@ def run_prefill_out(
     k_pe: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """`mlakit::mla_prefill_out` without the dispatcher, which would have told autograd that `out` has changed."""
+    """Like `run_prefill`, with `out` filled in place and lse returned; no gradients."""
     lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, softmax_scale, causal, max_seqlen_q, k_pe, impl)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return lse
+
+
+mla_prefill_out = torch.library.custom_op("mlakit::mla_prefill_out", run_prefill_out, mutates_args=("out",))
 
 
 @mla_prefill_out.register_fake
