@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mlakit.triton_launch import Launches
+from mlakit.triton_launch import Launches, Remembered
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -90,9 +90,18 @@ def test_nothing_is_remembered_of_the_interpreter(devices):
 
 
 def test_it_does_not_grow_for_ever(devices, monkeypatch):
-    monkeypatch.setattr("mlakit.triton_launch._MOST_LAUNCHES", 3)
+    monkeypatch.setattr("mlakit.triton_launch._MOST_REMEMBERED", 3)
     launches = Launches(_Kernel())
     for key in range(10):
         _first(launches, key, GPU, _tensors())
         assert launches.again(key, GPU, _tensors())
     assert len(launches._known) <= 3
+
+
+def test_what_is_remembered_does_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr("mlakit.triton_launch._MOST_REMEMBERED", 2)
+    found = Remembered()
+    for key in range(5):
+        found[key] = str(key)
+        assert found.get(key) == str(key)
+    assert len(found) <= 2

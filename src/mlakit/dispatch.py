@@ -122,6 +122,15 @@ _reasons: dict[str, str | None] = {}
 why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def misplaced_row(cache: torch.Tensor) -> str | None:
+    """Why kernels cannot read or write the rows of a float8 cache, or None: their float32 scales lie at multiples of 4
+    bytes. To be asked inside of operators: torch.compile does not look at where a tensor begins.
+    """
+    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
+        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
+    return None
+
+
 def unobserved(*tensors: torch.Tensor) -> bool:
     """Does nobody look at what is done with these tensors: no gradient, no tracing, no mode, no subclass?
 

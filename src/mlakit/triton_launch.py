@@ -6,14 +6,25 @@ where both are known to be the same, the kernel that was compiled then can be la
 """
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 LOG2E = 1.4426950408889634  # GPUs have a power of two: launchers multiply the softmax scale by it
 
-# Every new shape is remembered; a program that never repeats one must not grow for ever.
-_MOST_LAUNCHES = 4096
+_MOST_REMEMBERED = 4096
+Found = TypeVar("Found")
+
+
+class Remembered(dict[Hashable, Found]):
+    """What was found out for shapes, strides, options and device: to work it out again takes the host longer than a
+    small kernel takes the GPU. A program that never repeats a shape does not grow for ever.
+    """
+
+    def __setitem__(self, key: Hashable, found: Found) -> None:
+        if len(self) >= _MOST_REMEMBERED:
+            self.clear()
+        super().__setitem__(key, found)
 
 
 class Launches:
@@ -25,7 +36,7 @@ class Launches:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self._known: Remembered[tuple[Any, tuple[Any, ...]]] = Remembered()
 
     def again(self, key: Hashable, device: torch.device, tensors: tuple[torch.Tensor, ...]) -> bool:
         """Launch as the first time, if there was one with tensors on `device` that were aligned in the same way."""
@@ -55,8 +66,6 @@ class Launches:
             return
         with torch.cuda.device(device):
             compiled = self._kernel[grid](*tensors, *numbers, **constants, **options)
-            if len(self._known) >= _MOST_LAUNCHES:
-                self._known.clear()
             rest = self._kernel.arg_names[len(tensors) + len(numbers) :]
             fixed = (*numbers, *(constants[name] for name in rest))
             self._known[key, _alignment(tensors), device.index] = compiled[grid], fixed

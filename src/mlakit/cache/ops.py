@@ -8,7 +8,7 @@ import torch
 
 from mlakit.cache.layout import fp8_row_bytes
 from mlakit.cache.reference import append_latent_reference, gather_latent_reference
-from mlakit.dispatch import choose_triton
+from mlakit.dispatch import choose_triton, misplaced_row
 
 # Not `custom_op`: called from Python that costs 20 us a call, and this 3.5 us. `Tensor(a!)` declares what is written.
 torch.library.define(
@@ -37,7 +37,7 @@ def run_append_latent(
     impl: str | None = None,
 ) -> None:
     """What `mlakit::append_latent` does, without the dispatcher."""
-    reason = f"it takes no {kv.dtype}" if kv.dtype == torch.float64 else _misplaced_row(cache)
+    reason = f"it takes no {kv.dtype}" if kv.dtype == torch.float64 else misplaced_row(cache)
     inputs = (kv, norm_weight, cos, sin, cache, slot_mapping)
     if choose_triton("append_latent", impl, kv, reason) == "triton":
         from mlakit.cache.triton_append import launch_append
@@ -78,7 +78,7 @@ def run_gather_latent(
     impl: str | None = None,
 ) -> torch.Tensor:
     """What `mlakit::gather_latent` does, without the dispatcher."""
-    if choose_triton("gather_latent", impl, cache, _misplaced_row(cache)) == "reference":
+    if choose_triton("gather_latent", impl, cache, misplaced_row(cache)) == "reference":
         return gather_latent_reference(
             cache, block_table, cu_seqlens, total, starts=starts, kv_lora_rank=kv_lora_rank, dtype=dtype
         )
@@ -104,13 +104,6 @@ def _empty_rows(
     if cache.dtype == torch.uint8:
         width = kv_lora_rank + (width - fp8_row_bytes(kv_lora_rank, 0)) // 2
     return cache.new_empty((total, width), dtype=dtype)
-
-
-def _misplaced_row(cache: torch.Tensor) -> str | None:
-    # The kernels write and read the float32 scales of a float8 row where they lie.
-    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
-        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
-    return None
 
 
 torch.library.impl("mlakit::append_latent", ("cpu", "cuda"), run_append_latent)

@@ -23,7 +23,7 @@ from mlakit.hardware import device_info
 from mlakit.hopper_compile import warps_together
 from mlakit.hopper_counters import counters as counters_of
 from mlakit.hopper_descriptors import descriptor
-from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_launch import LOG2E, Launches, Remembered
 
 _FEW, _MANY = Launches(_mla_decode_few_kernel), Launches(_mla_decode_many_kernel)
 _E4M3_FEW, _E4M3_MANY = Launches(_mla_decode_e4m3_few_kernel), Launches(_mla_decode_e4m3_many_kernel)
@@ -50,8 +50,7 @@ class _CallPlan:
     max_registers: int
 
 
-_PLANS: dict[Any, _CallPlan] = {}
-_MOST_PLANS = 4096
+_PLANS: Remembered[_CallPlan] = Remembered()
 
 
 def _plan_call(
@@ -163,8 +162,6 @@ def _launch_hopper_decode(
             q, cache, block_table, out, softmax_scale, causal, num_splits, q_scale, kv_scale, config
         )  # fmt: skip
         if device.type == "cuda":
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.clear()
             _PLANS[key] = plan
     partial, partial_lse, counters = out, lse, seq_lens  # never touched if nothing is split
     if plan.partials:

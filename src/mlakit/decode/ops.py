@@ -14,7 +14,7 @@ import torch
 from mlakit.decode import hopper_config
 from mlakit.decode.all_slots import decode_all_slots, is_faster
 from mlakit.decode.reference import mla_decode_reference
-from mlakit.dispatch import choose
+from mlakit.dispatch import choose, misplaced_row
 from mlakit.hardware import capability, device_info
 
 _INPUTS = "Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens"
@@ -179,8 +179,8 @@ def _input_reason(q: torch.Tensor, cache: torch.Tensor, kv_lora_rank: int) -> st
     """Why the Triton kernels cannot run these inputs, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         return f"needs bfloat16, float16 or float8_e4m3fn, got {q.dtype}"
-    if cache.dtype == torch.uint8 and (cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4):
-        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(cache.stride())}"
+    if reason := misplaced_row(cache):
+        return reason
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return "Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there"
     page_size, rope_dim = cache.shape[1], q.shape[-1] - kv_lora_rank

@@ -10,7 +10,7 @@ from mlakit.decode.triton_combine import _mla_decode_combine_kernel
 from mlakit.decode.triton_decode import _mla_decode_kernel
 from mlakit.decode.triton_fp8 import AS_QUERY, E4M3, E4M3_ROWS
 from mlakit.hardware import DeviceInfo, device_info, shared_limit
-from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_launch import LOG2E, Launches, Remembered
 from mlakit.triton_pieces import plan_slots
 
 _FORMATS = {torch.float8_e4m3fn: E4M3, torch.uint8: E4M3_ROWS}
@@ -137,10 +137,7 @@ class _CallPlan:
 
 
 _ATTENTION, _COMBINE = Launches(_mla_decode_kernel), Launches(_mla_decode_combine_kernel)
-# Calls on a GPU by shapes, strides, options and device: to work all of it out again takes the host longer than the GPU
-# takes for a decode of a few requests.
-_PLANS: dict[Any, _CallPlan] = {}
-_MOST_PLANS = 4096
+_PLANS: Remembered[_CallPlan] = Remembered()
 
 
 def _plan_call(
@@ -284,8 +281,6 @@ def _launch_decode(
             device_info(device),
         )
         if device.type == "cuda":
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.clear()
             _PLANS[key] = plan
     partial, partial_lse = out, lse  # never touched if nothing is split; a kernel argument needs some pointer
     if plan.combine_grid is not None:

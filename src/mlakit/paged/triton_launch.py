@@ -10,7 +10,7 @@ from mlakit.hardware import DeviceInfo, device_info
 from mlakit.paged.config import MIN_PIECE_KEYS, Kernels, PagedConfig, choose_kernels, padded_dim
 from mlakit.paged.triton_split import _paged_combine_kernel, _paged_split_kernel
 from mlakit.paged.triton_tiles import _paged_tiles_kernel
-from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_launch import LOG2E, Launches, Remembered
 from mlakit.triton_pieces import plan_slots
 from mlakit.triton_ragged import heads_in_l2
 
@@ -37,9 +37,7 @@ class _CallPlan:
     partials: tuple[int, int]  # partial results' rows, and their columns
 
 
-# To work all of it out again takes the host longer than the GPU takes for a decode of a few requests.
-_PLANS: dict[Any, _CallPlan] = {}
-_MOST_PLANS = 4096
+_PLANS: Remembered[_CallPlan] = Remembered()
 
 
 def _launch_paged(
@@ -88,8 +86,6 @@ def _launch_paged(
             device_info(device),
         )  # fmt: skip
         if device.type == "cuda":
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.clear()
             _PLANS[key] = plan
     tensors = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, out, lse)
     if plan.tiles is not None:

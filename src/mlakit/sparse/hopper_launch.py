@@ -11,7 +11,7 @@ from mlakit.hopper_counters import counters as counters_of
 from mlakit.sparse.config import choose_splits
 from mlakit.sparse.hopper_attention import _mla_sparse_hopper_kernel
 from mlakit.sparse.hopper_config import PAIR, RANK, ROWS, HopperConfig, choose_config
-from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_launch import LOG2E, Launches, Remembered
 
 _ATTENTION = Launches(_mla_sparse_hopper_kernel)
 
@@ -28,8 +28,7 @@ class _CallPlan:
     counters: int  # tiles of heads of all tokens
 
 
-_PLANS: dict[Any, _CallPlan] = {}
-_MOST_PLANS = 4096
+_PLANS: Remembered[_CallPlan] = Remembered()
 
 
 def _plan_call(
@@ -132,8 +131,6 @@ def _launch_hopper(
             q, keys, indices, attn_sink, topk_length, out, max_logits, softmax_scale, num_splits, config
         )  # fmt: skip
         if device.type == "cuda":
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.clear()
             _PLANS[key] = plan
     # A kernel argument needs some pointer, also where nothing is read or written by it.
     sink, length = out if attn_sink is None else attn_sink, indices if topk_length is None else topk_length

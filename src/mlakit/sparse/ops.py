@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from mlakit.dispatch import choose, why_not_triton
+from mlakit.dispatch import choose, misplaced_row, why_not_triton
 from mlakit.hardware import capability
 from mlakit.sparse import hopper_config
 from mlakit.sparse.reference import mla_sparse_decode_reference, mla_sparse_prefill_reference
@@ -167,9 +167,7 @@ def _input_reason(q: torch.Tensor, keys: torch.Tensor, d_v: int) -> str | None:
         return f"needs the value's width to be a power of two and at least 32, got {d_v}"
     if rope and (rope < 16 or rope & (rope - 1)):
         return f"needs the rope part to be absent, or a power of two and at least 16, got {rope}"
-    if keys.dtype == torch.uint8 and (keys.stride(0) % 4 or keys.stride(1) % 4 or keys.storage_offset() % 4):
-        return f"rows of the float8 cache must start at multiples of 4 bytes, got strides {list(keys.stride())}"
-    return None
+    return misplaced_row(keys)
 
 
 def _lse_dtype(q: torch.Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from mlakit.hardware import DeviceInfo, device_info
 from mlakit.sparse.config import SparseConfig, choose_config, choose_splits
 from mlakit.sparse.triton_attention import _mla_sparse_kernel
 from mlakit.sparse.triton_combine import _mla_sparse_combine_kernel
-from mlakit.triton_launch import LOG2E, Launches
+from mlakit.triton_launch import LOG2E, Launches, Remembered
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,7 @@ class _CallPlan:
 
 
 _ATTENTION, _COMBINE = Launches(_mla_sparse_kernel), Launches(_mla_sparse_combine_kernel)
-# Calls on a GPU by shapes, strides, options and device: to work all of it out again takes the host longer than the GPU
-# takes for a decode of a few requests.
-_PLANS: dict[Any, _CallPlan] = {}
-_MOST_PLANS = 4096
+_PLANS: Remembered[_CallPlan] = Remembered()
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,6 @@ def _launch(
     if plan is None:
         plan = _plan_call(make_shape(), softmax_scale, num_splits, config, device_info(device))
         if device.type == "cuda":
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.clear()
             _PLANS[key] = plan
     if plan.grid[0] == 0:
         return
