@@ -198,3 +198,18 @@ def test_a_named_kernel_that_cannot_run_says_why(monkeypatch):
         append_latent(**_arguments(impl="triton"))
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: it needs an NVIDIA GPU"):
         gather_latent(torch.zeros(5, 4, 576), _TABLE, _LENS, 2, impl="triton")
+
+
+@pytest.mark.parametrize("wanted", ["kv", "cache"])
+def test_nothing_is_differentiated(wanted):
+    """Where a gradient of an input or of the cache is wanted too, the cache is written and remembers nothing."""
+    tensors = {"kv": torch.randn(3, 576), "cache": torch.zeros(2, 64, 576)}
+    expected = tensors["cache"].clone()
+    rest = (torch.ones(512), torch.randn(3, 32), torch.randn(3, 32))
+    append_latent(tensors["kv"], *rest, expected, torch.arange(3))
+    tensors[wanted].requires_grad_()
+    append_latent(tensors["kv"], *rest, tensors["cache"], torch.arange(3))
+    assert tensors["cache"].grad_fn is None
+    torch.testing.assert_close(tensors["cache"].detach(), expected, rtol=0, atol=0)
+    table, bounds = torch.tensor([[0]], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    assert not gather_latent(tensors["cache"], table, bounds, 3).requires_grad

@@ -88,7 +88,8 @@ def append_latent(
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
 
-    kv, norm_weight, cos, sin = (t.detach() if t.requires_grad else t for t in (kv, norm_weight, cos, sin))
+    inputs = (kv, norm_weight, cos, sin, cache)
+    kv, norm_weight, cos, sin, cache = (t.detach() if t.requires_grad else t for t in inputs)
     observed = not unobserved(kv, norm_weight, cos, sin, cache, slot_mapping)
     run = ops.append_latent if observed else ops.run_append_latent
     run(kv, norm_weight, cos, sin, cache, slot_mapping, positions, eps, rope_layout, scale_fmt, impl)
@@ -163,6 +164,7 @@ def gather_latent(
     cu_seqlens = seq_lens
     if seq_lens.shape[0] == batch:
         cu_seqlens = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    cache = cache.detach() if cache.requires_grad else cache
     run = ops.run_gather_latent if unobserved(cache, block_table, cu_seqlens) else ops.gather_latent
     return run(cache, block_table, cu_seqlens, total, starts, kv_lora_rank, dtype, impl)
 
