@@ -150,7 +150,7 @@ def _store(acc, out_desc, out_s, row, column):
 
 @gluon.jit
 def _consume(
-    a_s, b_s, out_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n, blocks, group,
+    a_s, out_s, b_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n, blocks, group,
     WHO: gl.constexpr, WARPGROUPS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -206,6 +206,19 @@ def _consume(
     tma.store_wait(0)
 
 
+@gluon.jit
+def _producer(args, WARPGROUPS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    _produce(*args, WARPGROUPS, ROWS, BN, STAGES)
+
+
+@gluon.jit
+def _warpgroup(
+    a_s, out_s, args, WHO: gl.constexpr, WARPGROUPS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    _consume(a_s, out_s, *args, WHO, WARPGROUPS, ROWS, BN, STAGES)
+
+
 # Nothing that changes with the count of rows may specialize the kernel: a new count must not recompile.
 @gluon.jit(do_not_specialize=["rows", "tiles_m", "tiles_n", "blocks", "group"])
 def _fp8_gemm_hopper_kernel(
@@ -226,47 +239,28 @@ def _fp8_gemm_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
+    args = (b_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n, blocks, group)
+    produced = (a_desc, b_desc, a0_s, a1_s, a2_s, b_s, full, empty, tiles_m, tiles_n, blocks, group)
     # Constants keep being constants only in tuples that are written where they are used.
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (
-                    a0_s, b_s, out0_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n,
-                    blocks, group, 0, 2, ROWS, BN, STAGES,
-                )),
-                (_consume, (
-                    a1_s, b_s, out1_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n,
-                    blocks, group, 1, 2, ROWS, BN, STAGES,
-                )),
-                (_produce, (
-                    a_desc, b_desc, a0_s, a1_s, a2_s, b_s, full, empty, tiles_m, tiles_n, blocks, group, 2, ROWS, BN,
-                    STAGES,
-                )),
+                (_warpgroup, (a0_s, out0_s, args, 0, 2, ROWS, BN, STAGES)),
+                (_warpgroup, (a1_s, out1_s, args, 1, 2, ROWS, BN, STAGES)),
+                (_producer, (produced, 2, ROWS, BN, STAGES)),
             ],
             [4, 1],
             [240, 24],
-        )  # fmt: skip
+        )
     else:
         out2_s = gl.allocate_shared_memory(out_desc.dtype, [64, BN], out_desc.layout)
         gl.warp_specialize(
             [
-                (_consume, (
-                    a0_s, b_s, out0_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n,
-                    blocks, group, 0, 3, ROWS, BN, STAGES,
-                )),
-                (_consume, (
-                    a1_s, b_s, out1_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n,
-                    blocks, group, 1, 3, ROWS, BN, STAGES,
-                )),
-                (_consume, (
-                    a2_s, b_s, out2_s, full, empty, a_scales_ptr, b_scales_ptr, out_desc, rows, tiles_m, tiles_n,
-                    blocks, group, 2, 3, ROWS, BN, STAGES,
-                )),
-                (_produce, (
-                    a_desc, b_desc, a0_s, a1_s, a2_s, b_s, full, empty, tiles_m, tiles_n, blocks, group, 3, ROWS, BN,
-                    STAGES,
-                )),
+                (_warpgroup, (a0_s, out0_s, args, 0, 3, ROWS, BN, STAGES)),
+                (_warpgroup, (a1_s, out1_s, args, 1, 3, ROWS, BN, STAGES)),
+                (_warpgroup, (a2_s, out2_s, args, 2, 3, ROWS, BN, STAGES)),
+                (_producer, (produced, 3, ROWS, BN, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )  # fmt: skip
+        )
